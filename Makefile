@@ -1,0 +1,47 @@
+# make quickstart   the main job: from nothing to runs/quickstart/report.html
+# make test         the tests that take seconds each; make test-full: all of them; make lint: style and the test of the house
+#
+# All of them make .venv first when it is missing. Two variables choose what goes into it:
+#
+#   PYTHON   the interpreter, 3.11 or 3.12; by default the first of the two that runs
+#   TORCH    where torch comes from, as arguments of pip install. The default is the build that pip finds first, which on Linux is
+#            a CUDA build of several GB. Without a GPU, take the CPU build: copy the address of PyTorch's CPU wheel index from
+#            PyTorch's own installation page and pass it with pip's option for an index,
+#                make quickstart TORCH="torch==2.13.0 --index-url ADDRESS"
+#            Any torch from 2.11 on works (a wheel file's path too). It is installed first and what follows leaves it alone.
+
+TORCH ?= torch==2.13.0
+PYTHON ?= $(shell for python in python3.11 python3.12; do if $$python -c "" 2>/dev/null; then echo $$python; break; fi; done)
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: .venv quickstart test test-full lint clean
+
+.venv: $(VENV)/.complete
+
+# The stamp is written last: a .venv without it is half made and is made again. A newer pyproject.toml only updates what is there.
+$(VENV)/.complete: pyproject.toml setup.py
+	@test -n "$(PYTHON)" || { echo "PYTHON: 3.11 or 3.12; got neither on PATH; install one or pass PYTHON=/path/to/python"; exit 2; }
+	@test -e $@ || rm -rf $(VENV)
+	@test -e $@ || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(TORCH)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+	@touch $@
+
+quickstart: .venv
+	$(BIN)/r1mega recipe recipe=quickstart
+
+test: .venv
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-full: .venv
+	$(BIN)/python -m pytest -q
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find r1mega tests configs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,160 @@
+"""The commands as Python functions, and the one place that runs a command: compose, check, start ranks, save the config, call.
+
+In: overrides as on the command line, or a ready config. Out: what the command's function returns. Nothing heavy is imported before
+the config and its input files are checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import pickle
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from r1mega.config import rules
+from r1mega.config.errors import UserError
+from r1mega.config.paths import check_paths
+from r1mega.config.run import ComputeConfig
+from r1mega.config.schema import schema
+
+RESULT_VARIABLE = "R1MEGA_RESULT"
+"""Names the file in which rank 0 of started ranks leaves its result."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """``target``: "module:function"; ``all_ranks``: every rank calls it, otherwise rank 0; ``saves``: the config goes to ``out``."""
+
+    target: str
+    about: str
+    all_ranks: bool = True
+    saves: bool = True
+
+    def load(self) -> Any:
+        """Import the function."""
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+COMMANDS: dict[str, Command] = {
+    "prepare": Command(
+        "r1mega.data.prepare:prepare", "text and problems to tokenizer, token files and problem files", all_ranks=False
+    ),
+    "pretrain": Command("r1mega.train.pretrain:pretrain", "next-token training from token files"),
+    "sft": Command("r1mega.train.sft:sft", "training on the answers alone"),
+    "rl": Command("r1mega.rl.loop:rl", "reinforcement learning with verifiable rewards: GRPO and its kin"),
+    "eval": Command("r1mega.eval.evaluate:evaluate", "pass@1 of a checkpoint on problems"),
+    "export": Command("r1mega.train.export:export", "a checkpoint as a Hugging Face model"),
+    "recipe": Command("r1mega.recipe.run:recipe", "stages as a graph, from text to a reasoning model"),
+    "report": Command("r1mega.report.page:report", "one HTML page of a run", all_ranks=False, saves=False),
+    "chat": Command("r1mega.eval.chat:chat", "talk to a checkpoint", saves=False),
+}
+"""The table of commands; their configs are in :data:`r1mega.config.schema.SCHEMAS`."""
+
+
+def run(command: str, overrides: Iterable[str] | Any = ()) -> Any:
+    """Run ``command`` and return its result.
+
+    ``overrides``: ``group=choice`` and ``key=value`` texts, or the command's config. With ``launch.processes`` above 1, and no ranks
+    started by somebody else, this process starts the ranks and returns rank 0's result. Raises UserError for anything wrong with
+    config or input files, before torch is imported; :class:`r1mega.launch.local.LaunchError` where a rank fails.
+    """
+    cls = schema(command)
+    if dataclasses.is_dataclass(overrides):
+        if type(overrides) is not cls:
+            raise UserError(
+                f"{command}: a {cls.__name__}; got {type(overrides).__name__}; make it with compose({command!r}, overrides)"
+            )
+        config, arguments, choices = overrides, None, {}
+    else:
+        from r1mega.config.compose import composition
+
+        made = composition(command, overrides)
+        config, arguments, choices = made.config, made.overrides, made.choices
+    rules.check(config)
+    check_paths(config)
+    entry = COMMANDS[command]
+    if isinstance(config, ComputeConfig) and config.launch.processes > 1 and "RANK" not in os.environ:
+        return _run_ranks(command, arguments, config.launch.processes)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    if not is_first and not entry.all_ranks:
+        return None
+    if is_first and entry.saves:
+        from r1mega.config.compose import save_config
+
+        save_config(config, config.out, overrides=arguments or (), choices=choices)
+    result_file = os.environ.pop(RESULT_VARIABLE, None)
+    result = entry.load()(config)
+    if is_first and result_file:
+        Path(result_file).write_bytes(pickle.dumps(result))
+    return result
+
+
+def _run_ranks(command: str, arguments: Iterable[str] | None, processes: int) -> Any:
+    """Start ``python -m r1mega`` with the same arguments once a rank."""
+    if arguments is None:
+        raise UserError(
+            f"launch.processes: 1 for a ready config, which runs in this process; got {processes}; give overrides as text, or start the "
+            "script under torchrun"
+        )
+    from r1mega.launch.local import start_ranks
+
+    package_parent = str(Path(__file__).resolve().parent.parent)
+    search = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH", "")]))
+    with tempfile.TemporaryDirectory(prefix="r1mega-") as folder:
+        result_file = Path(folder) / "result.pickle"
+        start_ranks(["-m", "r1mega", command, *arguments], processes, env={"PYTHONPATH": search, RESULT_VARIABLE: str(result_file)})
+        return pickle.loads(result_file.read_bytes())  # written by our own rank 0 into our own folder
+
+
+def _call(command: str, overrides: tuple[Any, ...]) -> Any:
+    return run(command, overrides[0] if len(overrides) == 1 and dataclasses.is_dataclass(overrides[0]) else overrides)
+
+
+def prepare(*overrides: Any) -> Any:
+    """Text and problems to tokenizer, token files and problem files; overrides as texts, or one PrepareConfig."""
+    return _call("prepare", overrides)
+
+
+def pretrain(*overrides: Any) -> Any:
+    """Next-token training: ``pretrain("model=tiny", "trainer.steps=10", "data.train={runs/data/text:1}")``, or one PretrainConfig."""
+    return _call("pretrain", overrides)
+
+
+def sft(*overrides: Any) -> Any:
+    """Training on the answers alone, from a checkpoint; overrides as texts, or one SftConfig."""
+    return _call("sft", overrides)
+
+
+def rl(*overrides: Any) -> Any:
+    """Reinforcement learning from a checkpoint: ``rl("init=...", "data.problems=...", "rl.rollouts=50")``, or one RlConfig."""
+    return _call("rl", overrides)
+
+
+def eval(*overrides: Any) -> Any:  # noqa: A001 - the command's name
+    """pass@1 of a checkpoint on problems; overrides as texts, or one EvalConfig."""
+    return _call("eval", overrides)
+
+
+def export(*overrides: Any) -> Any:
+    """A checkpoint as a Hugging Face model; overrides as texts, or one ExportConfig."""
+    return _call("export", overrides)
+
+
+def recipe(*overrides: Any) -> Any:
+    """A whole recipe: ``recipe("recipe=quickstart")``, or one RecipeConfig."""
+    return _call("recipe", overrides)
+
+
+def report(*overrides: Any) -> Any:
+    """One HTML page of a run: ``report("run=runs/quickstart")``, or one ReportConfig."""
+    return _call("report", overrides)
+
+
+def chat(*overrides: Any) -> Any:
+    """Talk to a checkpoint; overrides as texts, or one ChatConfig."""
+    return _call("chat", overrides)

@@ -1,0 +1,125 @@
+"""``r1mega COMMAND [group=choice] [key=value] ...``: arguments in, exit status out. Owns flags, help and how errors look.
+
+Status 0 done, 2 wrong input (one line a fault, no traceback unless ``debug=true``), 130 Ctrl-C, a failed rank's own status. Any
+other error is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from r1mega import __version__
+from r1mega.api import COMMANDS, run
+from r1mega.config.errors import UserError
+from r1mega.config.schema import schema
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a dotted choice may lie in the user's folder; last, so that it shadows nothing
+    try:
+        return _main(arguments)
+    except UserError as error:
+        if _wants_traceback(arguments):
+            traceback.print_exc()
+        else:
+            print(error, file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main(arguments: list[str]) -> int:
+    flags, rest = _flags(arguments)
+    command, overrides = (rest[0], rest[1:]) if rest else ("", [])
+    if "version" in flags:
+        print(f"r1mega {__version__}")
+        return 0
+    if command:
+        schema(command)  # an unknown command is refused before its help is asked for
+    if not command or "help" in flags:
+        return _help(command, overrides)
+    if "config_dir" in flags:
+        folder = Path(flags["config_dir"]).resolve()
+        if not folder.is_dir():
+            raise UserError(f"--config-dir: a folder of YAML files; got {flags['config_dir']!r}; check the path")
+        overrides.append(f"hydra.searchpath=['file://{folder}']")
+    if "cfg" in flags:
+        return _print_config(command, overrides)
+    from r1mega.launch.local import LaunchError
+
+    try:
+        run(command, overrides)
+    except LaunchError as error:
+        print(error, file=sys.stderr)
+        return error.status
+    return 0
+
+
+def _flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Hydra's own flags that have a meaning here, and everything else. Raises UserError for a flag without its value."""
+    flags: dict[str, str] = {}
+    rest: list[str] = []
+    names = {
+        "--help": "help",
+        "-h": "help",
+        "--version": "version",
+        "--config-dir": "config_dir",
+        "-cd": "config_dir",
+        "--cfg": "cfg",
+        "-c": "cfg",
+    }
+    waiting = iter(arguments)
+    for argument in waiting:
+        flag, equals, value = argument.partition("=")
+        if flag not in names:
+            rest.append(argument)
+            continue
+        name = names[flag]
+        if name in ("config_dir", "cfg") and not equals:
+            value = next(waiting, "")
+            if not value:
+                raise UserError(f"{flag}: a flag with a value; got none; write {flag} {'DIR' if name == 'config_dir' else 'job'}")
+        flags[name] = value
+    if flags.get("cfg", "job") != "job":
+        raise UserError(f"--cfg: job, the config of the command; got {flags['cfg']!r}; write --cfg job")
+    return flags, rest
+
+
+def _help(command: str, overrides: Sequence[str]) -> int:
+    # Written in one piece: a pager that is closed early then breaks no loop of prints.
+    from r1mega.config.help import command_help, overview
+
+    if not command:
+        text = overview({name: entry.about for name, entry in COMMANDS.items()})
+    else:
+        from r1mega.config.compose import config_dir
+
+        text = command_help(command, COMMANDS[command].about, config_dir(), overrides)
+    print(text)
+    return 0
+
+
+def _print_config(command: str, overrides: Sequence[str]) -> int:
+    """``--cfg job``: the resolved config as YAML, checked, nothing run."""
+    import dataclasses
+
+    import yaml
+
+    from r1mega.config.compose import compose
+
+    print(yaml.safe_dump(dataclasses.asdict(compose(command, overrides)), sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+def _wants_traceback(arguments: Sequence[str]) -> bool:
+    return any(argument.lower() in ("debug=true", "debug=1", "debug=yes", "debug=on") for argument in arguments)

@@ -1,0 +1,41 @@
+"""The error that a user can act on: one line ``where: rule; got value; way out``. Owns the grammar of errors; knows no config."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class UserError(ValueError):
+    """Wrong input. The message is one line: where, the rule, what was given, the way out; a config with several faults gives a line each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Violation:
+    """One broken rule. ``fixes``: keys with the values that mend it, each alone, nearest first; ``hint``: the way out where no value is."""
+
+    where: str
+    rule: str
+    got: Any
+    fixes: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    hint: str = ""
+
+    def __str__(self) -> str:
+        uses = ", or ".join(f"{key}={either(values)}" for key, values in self.fixes if values)
+        return (
+            f"{self.where}: {self.rule}; got {self.got}; {', '.join(part for part in (uses and f'use {uses}', self.hint) if part)}"
+        )
+
+
+def either(values: Iterable[Any]) -> str:
+    """``a, b or c``, as Hydra spells the values."""
+    texts = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
+    return " or ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``did you mean X? `` for the known name closest to ``name``, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}? " if near else ""

@@ -1,0 +1,132 @@
+"""Rules of one architecture and of its cut into ranks. In: ModelConfig, ParallelConfig; out: Violations with the nearest valid values.
+
+Two facts of Megatron-Core 0.16.1 make rules: it scores an expert group by the sum of its ``top_k // topk_groups`` best experts, where
+DeepSeek-V3 takes 2 and V2 takes 1; and it always normalises the weights of a sigmoid gate when a token has more than one expert.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from r1mega.config.errors import UserError, Violation
+from r1mega.config.model import ModelConfig
+from r1mega.config.run import ParallelConfig
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    """Divisors of ``number`` in rising order."""
+    return tuple(value for value in range(1, number + 1) if number % value == 0)
+
+
+def near(values: tuple[int, ...], wanted: int, num: int = 3) -> tuple[int, ...]:
+    """The ``num`` values closest to ``wanted``, in rising order."""
+    return tuple(sorted(sorted(values, key=lambda value: (abs(value - wanted), value))[:num]))
+
+
+def multiples(step: int, wanted: int) -> tuple[int, ...]:
+    """The multiples of ``step`` next to ``wanted``, from one ``step`` on."""
+    low = wanted // step * step
+    return (low, low + step) if low else (step,)
+
+
+def check_model(model: ModelConfig, parallel: ParallelConfig | None = None) -> None:
+    """Raise UserError, a line each, for an architecture that cannot be built or cut into these ranks (a checkpoint's model too)."""
+    lines = [str(found) for found in model_violations(model, parallel or ParallelConfig())]
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def model_violations(model: ModelConfig, parallel: ParallelConfig, expert_ranks: int = 0) -> Iterator[Violation]:
+    """Every broken rule of ``model`` under ``parallel``. Fields are assumed to keep their own rules.
+
+    ``expert_ranks``: ranks that the experts of one pipeline stage may spread over, 0 where nobody knows yet.
+    """
+    m = model
+    if m.qk_rope_head_dim % 2:
+        even = (m.qk_rope_head_dim - 1, m.qk_rope_head_dim + 1)
+        rule = "even, rotary positions turn pairs"
+        yield Violation("model.qk_rope_head_dim", rule, m.qk_rope_head_dim, (("model.qk_rope_head_dim", even),))
+    if m.first_k_dense > m.num_layers:
+        rule = f"at most model.num_layers {m.num_layers}"
+        yield Violation("model.first_k_dense", rule, m.first_k_dense, (("model.first_k_dense", (m.num_layers,)),))
+    if m.yarn.factor > 1 and m.max_position_embeddings > m.yarn.factor * m.yarn.original_max_position_embeddings:
+        longest = int(m.yarn.factor * m.yarn.original_max_position_embeddings)
+        rule, fixes = (
+            "at most yarn.factor x yarn.original_max_position_embeddings",
+            (("model.max_position_embeddings", (longest,)),),
+        )
+        yield Violation("model.max_position_embeddings", rule, m.max_position_embeddings, fixes)
+    if m.first_k_dense < m.num_layers or m.num_mtp_layers:
+        yield from _router(m)
+    yield from _cut(m, parallel, expert_ranks)
+
+
+def _router(m: ModelConfig) -> Iterator[Violation]:
+    fault = _routing_fault(m)
+    if fault:
+        field, rule = fault
+        sizes = {
+            "top_k": range(1, m.num_experts + 1),
+            "topk_groups": range(1, m.num_groups + 1),
+            "num_groups": divisors(m.num_experts),
+        }
+        fixes = []
+        for name in (field, *(other for other in sizes if other != field)):
+            right = tuple(value for value in sizes[name] if _routing_fault(dataclasses.replace(m, **{name: value})) is None)
+            fixes.append((f"model.{name}", near(right, getattr(m, name))))
+        hint = "" if any(values for _, values in fixes) else "or model.num_groups=1 with model.topk_groups=1"
+        yield Violation(f"model.{field}", rule, getattr(m, field), tuple(fixes), hint)
+    if m.score_function == "sigmoid" and m.top_k > 1 and not m.norm_topk_prob:
+        rule = "true, since Megatron normalises a sigmoid gate with top_k above 1"
+        yield Violation("model.norm_topk_prob", rule, "false", (("model.norm_topk_prob", (True,)),))
+    if m.score_function == "softmax" and m.use_expert_bias:
+        yield Violation("model.use_expert_bias", "false with the softmax gate", "true", (("model.use_expert_bias", (False,)),))
+
+
+def _routing_fault(m: ModelConfig) -> tuple[str, str] | None:
+    """(field, rule) of the first broken rule of top-k and groups, or None."""
+    if m.top_k > m.num_experts:
+        return "top_k", f"at most model.num_experts {m.num_experts}"
+    if m.num_experts % m.num_groups:
+        return "num_groups", f"divides model.num_experts {m.num_experts}"
+    if m.topk_groups > m.num_groups:
+        return "topk_groups", f"at most model.num_groups {m.num_groups}"
+    if m.num_groups == 1:
+        return None
+    reach, best = m.topk_groups * (m.num_experts // m.num_groups), 1 if m.score_function == "softmax" else 2
+    if m.top_k > reach:
+        return "top_k", f"at most the {reach} experts of the {m.topk_groups} groups kept"
+    if m.top_k % m.topk_groups:
+        return "top_k", f"a multiple of model.topk_groups {m.topk_groups}"
+    if m.top_k // m.topk_groups != best:
+        return "top_k", (
+            f"{best} x model.topk_groups {m.topk_groups}, since Megatron scores a group by its top_k / topk_groups best experts and "
+            f"DeepSeek's {m.score_function} gate by its best {best}"
+        )
+    return None
+
+
+def _cut(m: ModelConfig, parallel: ParallelConfig, expert_ranks: int) -> Iterator[Violation]:
+    """Degrees against the architecture."""
+    tensor = parallel.tensor
+    for name in ("num_heads", "vocab_size", "ffn_size"):
+        value = getattr(m, name)
+        if value % tensor:
+            fixes = (("parallel.tensor", near(divisors(value), tensor)), (f"model.{name}", multiples(tensor, value)))
+            yield Violation(f"model.{name}", f"a multiple of parallel.tensor {tensor}", value, fixes)
+    shared = m.num_shared_experts * m.moe_ffn_size
+    if shared % tensor:
+        rule = f"num_shared_experts x moe_ffn_size is a multiple of parallel.tensor {tensor}"
+        yield Violation("model.moe_ffn_size", rule, shared, (("parallel.tensor", near(divisors(shared), tensor)),))
+    if m.num_experts % parallel.expert:
+        degrees = near(divisors(math.gcd(m.num_experts, expert_ranks)), parallel.expert, 6)  # gcd(E, 0) is E
+        yield Violation(
+            "parallel.expert", f"divides model.num_experts {m.num_experts}", parallel.expert, (("parallel.expert", degrees),)
+        )
+    if m.num_layers % parallel.pipeline:
+        stages = near(divisors(m.num_layers), parallel.pipeline)
+        yield Violation(
+            "parallel.pipeline", f"divides model.num_layers {m.num_layers}", parallel.pipeline, (("parallel.pipeline", stages),)
+        )

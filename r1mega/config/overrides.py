@@ -1,0 +1,214 @@
+"""``group=choice`` and ``key=value``: checks each argument against the schema before Hydra sees it, and words Hydra's refusals.
+
+In: a command and its arguments. Out: :class:`Request`, or one UserError that names every bad argument, a line each. Imports no
+torch; a dotted choice is imported here, so that Hydra can compose it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from r1mega import registry
+from r1mega.config.errors import UserError, nearest
+from r1mega.config.schema import WORDS, Key, find, kinds, nearest_key, plain_type, schema
+
+SEARCH_PATH = "hydra.searchpath"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Arguments that fit the schema. ``groups``: group to option; ``chosen``: kind to the class of its choice;
+
+    ``entries``: (mapping's path, entry's name) of entries that the arguments create (``problems.NAME.dataset=...``).
+    """
+
+    command: str
+    cls: type
+    arguments: tuple[str, ...]
+    groups: dict[str, str]
+    chosen: dict[str, type]
+    entries: tuple[tuple[str, str], ...]
+
+
+def read(command: str, arguments: Iterable[str], config_dir: Path) -> Request:
+    """Check all arguments of ``command``. Raises UserError with one line a bad argument."""
+    cls = schema(command)
+    arguments = tuple(arguments)
+    parsed, problems = [], []
+    for argument in arguments:
+        try:
+            parsed.append(_parse(argument))
+        except UserError as error:
+            problems.append(str(error))
+    folders = [config_dir, *search_folders(parsed)]
+    groups = default_groups(command, config_dir)
+    for override in parsed:
+        if override.key_or_group in groups:
+            try:
+                groups[override.key_or_group] = _option(cls, override, folders)
+            except UserError as error:
+                groups[override.key_or_group] = ""
+                problems.append(str(error))
+    for group, option in groups.items():
+        if option == "???":
+            known = options(cls, group, folders)
+            problems.append(
+                f"{group}: a choice is needed; got none; give {group}=NAME, one of {', '.join(known) or '(none is there)'}"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+    chosen = {kind: _class(kind, groups[kind]) for kind in kinds(cls) if kind in groups}
+    entries = []
+    for override in parsed:
+        if override.key_or_group in groups or override.key_or_group == SEARCH_PATH:
+            continue
+        try:
+            entries += _check_key(command, cls, override, chosen)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return Request(command, cls, arguments, groups, chosen, tuple(entries))
+
+
+def default_groups(command: str, config_dir: Path) -> dict[str, str]:
+    """Group to option as the defaults list of ``configs/COMMAND.yaml`` has it ("???" where the user must choose)."""
+    body = yaml.safe_load((config_dir / f"{command}.yaml").read_text(encoding="utf-8"))
+    return {group: str(option) for item in body["defaults"] if isinstance(item, dict) for group, option in item.items()}
+
+
+def options(cls: type, group: str, folders: Sequence[Path]) -> list[str]:
+    """Names that ``group=NAME`` takes: registered choices, or the YAML files of the group in ``folders``."""
+    names = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
+    if group in kinds(cls):
+        names |= set(registry.choices(group))
+    return sorted(names)
+
+
+def search_folders(parsed: Iterable[Override]) -> list[Path]:
+    """Folders that ``hydra.searchpath`` adds to the package's own configs."""
+    found = []
+    for override in parsed:
+        if override.key_or_group == SEARCH_PATH:
+            found += [Path(str(item).removeprefix("file://")) for item in override.value()]
+    return found
+
+
+def _parse(argument: Any) -> Override:
+    """One argument through Hydra's grammar; refuses what is no single assignment."""
+    if not isinstance(argument, str) or argument.startswith("-"):
+        raise UserError(
+            f"arguments: group=choice or key=value; got {argument!r}; the only flags are --help, --config-dir DIR, --cfg job"
+        )
+    if "=" not in argument and not argument.startswith("~"):
+        raise UserError(f"arguments: group=choice or key=value, nothing positional; got {argument!r}; write key={argument}")
+    key = argument.partition("=")[0].lstrip("+~")
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{key}: a value in Hydra's grammar; got {argument!r} ({reason}); quote it: {key}='\"...\"'") from error
+    if override.is_sweep_override():
+        raise UserError(f"{key}: one value; got {argument.partition('=')[2]!r}; "
+                        f"for a list write {key}=[a,b], for text with a comma quote it, for several runs start several commands")  # fmt: skip
+    if override.package is not None or (override.key_or_group.startswith("hydra") and override.key_or_group != SEARCH_PATH):
+        raise UserError(f"{key}: a key of the command; got one of Hydra's own; leave it out (runs write to out=FOLDER)")
+    return override
+
+
+def _option(cls: type, override: Override, folders: Sequence[Path]) -> str:
+    """The option that ``group=NAME`` chooses."""
+    group, name = override.key_or_group, override.value()
+    known = options(cls, group, folders)
+    if override.is_delete() or not isinstance(name, str | int) or isinstance(name, bool):
+        raise UserError(f"{group}: a choice is a name; got {override.input_line!r}; use one of {', '.join(known)}")
+    name = str(name)
+    if "." in name and group in kinds(cls):
+        return name
+    if name not in known:
+        raise UserError(f"{group}: no such choice; got {name!r}; {nearest(name, known)}use one of {', '.join(known)}")
+    return name
+
+
+def _class(kind: str, name: str) -> type:
+    """The class of a registered or dotted choice."""
+    try:
+        cls = registry.lookup(kind, name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise UserError(f"{kind}: a choice is a frozen dataclass; got {name}, a {type(cls).__name__}; add @dataclass(frozen=True)")
+    return cls
+
+
+def _check_key(command: str, cls: type, override: Override, chosen: Mapping[str, type]) -> list[tuple[str, str]]:
+    """Refuse an unknown key. Returns the mapping entries that the argument creates."""
+    path = override.key_or_group
+    key = find(cls, path, chosen)
+    if key is None:
+        hint = nearest_key(path, cls, chosen)
+        raise UserError(f"{path}: no such key of {command}; got {override.input_line!r}; {hint}see r1mega {command} --help")
+    if (
+        key.path == path
+        and (key.is_open or key.cls is not None)
+        and not override.is_delete()
+        and not isinstance(override.value(), dict)
+    ):
+        raise UserError(_type_line(path, key, repr(override.get_value_element_as_str())))
+    inside_open = key.is_open and path != key.path
+    if override.is_delete() and not inside_open:
+        raise UserError(f"{path}: a fixed key; got {override.input_line!r}; give it a value instead, {path}=...")
+    found, parts = [], path.split(".")
+    for end in range(1, len(parts)):
+        holder = find(cls, ".".join(parts[:end]), chosen)
+        if holder is not None and holder.entry is not None and holder.path == ".".join(parts[:end]):
+            found.append((holder.path, parts[end]))
+    return found
+
+
+def type_problem(path: str, request: Request, detail: str) -> str:
+    """One line for a value of the wrong type at ``path``; ``detail``: what Hydra says, used where no argument gave the value."""
+    key = find(request.cls, path, request.chosen)
+    given = [argument.partition("=")[2] for argument in request.arguments if _covers(argument, path)]
+    got = repr(given[-1]) if given else detail
+    if key is None:
+        return f"{path}: a value of the right type; got {got}; see r1mega {request.command} --help"
+    return _type_line(path, key, got)
+
+
+def _type_line(path: str, key: Key, got: str) -> str:
+    words = key.words
+    if plain_type(key.type)[0] is dict and path != key.path:
+        words = WORDS.get(typing.get_args(key.type)[1], "another value")
+    unit = f" ({key.unit})" if plain_type(key.type)[0] in (int, float) and key.unit != "1" else ""
+    return f"{path}: {words}{unit}; got {got}; {_example(path, key)}"
+
+
+def _covers(argument: str, path: str) -> bool:
+    name = argument.partition("=")[0].lstrip("+")
+    return path == name or path.startswith(name + ".")
+
+
+def _example(path: str, key: Key) -> str:
+    """A value that fits, as a way out."""
+    base, _ = plain_type(key.type)
+    if key.cls is not None:
+        return f"give its keys, {path}.KEY=value"
+    if base is dict:
+        return f"write {key.path}={{name:value}}" if path == key.path else f"write {path}=1"
+    if base is list:
+        return f"write {path}=[a,b]"
+    if isinstance(key.default, bool):
+        return f"write {path}=true or {path}=false"
+    if key.default is None or key.default == "???" or base is str:
+        return f"write {path}=" + {int: "10", float: "0.1"}.get(base, "text")
+    return f"for example {path}={key.default}"

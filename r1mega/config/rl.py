@@ -1,0 +1,101 @@
+"""Reinforcement learning with verifiable rewards, evaluation, and what both need: prompts, rewards, an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from r1mega.config.knob import REQUIRED, at_least, knob, one_of
+from r1mega.config.run import ComputeConfig, SamplingConfig
+from r1mega.config.train import OptimConfig
+
+
+@dataclass
+class RewardConfig:
+    """Which rewards, with which weights, under which limits (each call runs in a process that is killed at its limit)."""
+
+    weights: dict[str, float] = knob(
+        {"accuracy": 1.0, "format": 1.0}, "registered reward to weight; their sum is the reward", "name: 1"
+    )
+    timeout_seconds: float = knob(5.0, "longest time of one call", "seconds", **at_least(0.01))
+    memory_bytes: int = knob(2 << 30, "address space of a reward process", "bytes", **at_least(64 << 20))
+    workers: int = knob(1, "reward processes of one rank", "processes", **at_least(1))
+
+
+@dataclass
+class RolloutConfig:
+    """The RL loop's sizes (R1: 32 x 16 an update, 16 updates a rollout, reference reset every 400 updates)."""
+
+    rollouts: int = knob(REQUIRED, "rollouts of the run", "rollouts", **at_least(1))
+    prompts_per_rollout: int = knob(32, "questions P a rollout, over all ranks", "prompts", **at_least(1))
+    group_size: int = knob(16, "responses G a question", "responses", **at_least(2))
+    updates_per_rollout: int = knob(
+        1, "minibatches that one rollout is cut into, one optimizer step each", "updates", **at_least(1)
+    )
+    micro_batch_size: int = knob(32, "responses one forward pass of one rank", "responses", **at_least(1))
+    sampling: SamplingConfig = knob(SamplingConfig, "how responses are drawn", "section")
+    ref_refresh_updates: int = knob(
+        400, "updates between copies of the policy into the reference; 0: never", "updates", **at_least(0)
+    )
+    shuffle_rewards: bool = knob(False, "control: rewards permuted over the whole rollout, so that they carry no signal", "bool")
+    log_every: int = knob(1, "rollouts between metric lines", "rollouts", **at_least(1))
+    save_every: int = knob(0, "rollouts between checkpoints; 0: at the end only", "rollouts", **at_least(0))
+    keep_last: int = knob(2, "checkpoints kept", "checkpoints", **at_least(1))
+
+
+@dataclass
+class ProblemDataConfig:
+    """Problems to train or evaluate on."""
+
+    problems: str = knob(REQUIRED, "JSONL of problems", "path")
+    limit: int = knob(0, "problems taken from the start of the file; 0: all", "problems", **at_least(0))
+
+
+@dataclass
+class RlConfig(ComputeConfig):
+    """``r1mega rl``: GRPO and its kin, on-policy."""
+
+    model: dict[str, Any] = knob({}, "changes of the checkpoint's training fields (TUNABLE_MODEL_FIELDS)", "field: value")
+    init: str = knob(REQUIRED, "checkpoint to start from", "path")
+    data: ProblemDataConfig = knob(ProblemDataConfig, "problems", "section")
+    rl: RolloutConfig = knob(RolloutConfig, "the loop's sizes", "section")
+    reward: RewardConfig = knob(RewardConfig, "rewards", "section")
+    advantage: Any = knob(None, "registered choice: how rewards become advantages", "choice")
+    policy_loss: Any = knob(None, "registered choice: the objective", "choice")
+    engine: Any = knob(None, "registered choice: who generates", "choice")
+    optim: OptimConfig = knob(OptimConfig, "optimizer and schedule", "section")
+
+
+@dataclass
+class EvalConfig(ComputeConfig):
+    """``r1mega eval``: pass@1 with k samples a problem (R1: temperature 0.6)."""
+
+    checkpoint: str = knob(REQUIRED, "checkpoint to evaluate", "path")
+    data: ProblemDataConfig = knob(ProblemDataConfig, "problems", "section")
+    samples: int = knob(8, "responses a problem", "responses", **at_least(1))
+    batch_prompts: int = knob(128, "problems generated at once by one rank", "prompts", **at_least(1))
+    sampling: SamplingConfig = knob(SamplingConfig, "how responses are drawn", "section")
+    reward: RewardConfig = knob(RewardConfig, "the verifier's limits; weights are not used", "section")
+    engine: Any = knob(None, "registered choice: who generates", "choice")
+    keep: str | None = knob(None, "file for the correct responses as SFT problems (rejection sampling); null: none", "path")
+    keep_per_problem: int = knob(1, "most correct responses kept a problem", "responses", **at_least(1))
+
+
+@dataclass
+class ExportConfig(ComputeConfig):
+    """``r1mega export``: a checkpoint as a Hugging Face model."""
+
+    checkpoint: str = knob(REQUIRED, "checkpoint to export", "path")
+    target: str = knob("${out}/hf", "folder of the Hugging Face model", "path")
+    dtype: str = knob("as_is", "fp32, bf16, or as_is: the checkpoint's", "name", **one_of("as_is", "fp32", "bf16"))
+    shard_bytes: int = knob(5 << 30, "largest safetensors file", "bytes", **at_least(1 << 20))
+
+
+@dataclass
+class ChatConfig(ComputeConfig):
+    """``r1mega chat``: talk to a checkpoint."""
+
+    checkpoint: str = knob(REQUIRED, "checkpoint to talk to", "path")
+    sampling: SamplingConfig = knob(SamplingConfig, "how responses are drawn", "section")
+    engine: Any = knob(None, "registered choice: who generates", "choice")
+    prompt: str | None = knob(None, "one question, answered and done; null: a conversation on the terminal", "text")

@@ -1,0 +1,241 @@
+"""Rules of a whole config: every knob's own, then those across sections. Touches no file and imports no torch.
+
+In: a command's dataclass. Out: nothing, or one UserError with a line a broken rule: ``key: rule; got value; way out``, where the way
+out names the nearest values that keep the rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from r1mega import registry
+from r1mega.config.errors import UserError, Violation, nearest
+from r1mega.config.knob import REQUIRED
+from r1mega.config.model import ModelConfig
+from r1mega.config.model_rules import divisors, model_violations, multiples, near
+from r1mega.config.rl import ChatConfig, RlConfig
+from r1mega.config.run import ComputeConfig, ParallelConfig
+from r1mega.config.schema import plain_type
+from r1mega.config.train import TUNABLE_MODEL_FIELDS, OptimConfig, PretrainConfig, SftConfig
+
+
+def check(config: Any) -> None:
+    """Check every rule of ``config``. Raises UserError, one line a broken rule; cross-section rules wait until each field is right."""
+    found = list(field_violations(config)) or list(cross_violations(config))
+    if found:
+        raise UserError("\n".join(map(str, found)))
+
+
+def world_size(config: ComputeConfig) -> int:
+    """Processes of the run: WORLD_SIZE where someone has started them, otherwise ``launch.processes``."""
+    return int(os.environ.get("WORLD_SIZE") or config.launch.processes)
+
+
+def field_violations(config: Any, prefix: str = "") -> Iterator[Violation]:
+    """Broken rules of single knobs, nested sections, choices and mappings of sections included."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), f"{prefix}{field.name}"
+        rule = field.metadata.get("rule")
+        if dataclasses.is_dataclass(value):
+            yield from field_violations(value, f"{path}.")
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                if dataclasses.is_dataclass(item):
+                    yield from field_violations(item, f"{path}.{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield Violation(path, "a finite number", value, hint=f"give a number ({field.metadata.get('unit')})")
+        elif value is None:
+            if not plain_type(hints[field.name])[1] and hints[field.name] is not Any:
+                yield Violation(path, "a value is needed", "null", hint=f"give {path}=VALUE")
+        elif rule is not None and not rule(value):
+            usual = field.default
+            fixes = ((path, (usual,)),) if usual not in (dataclasses.MISSING, REQUIRED, None) and rule(usual) else ()
+            says = field.metadata["says"]
+            yield Violation(path, says, value, fixes, "" if fixes else f"use a value {says}")
+
+
+def cross_violations(config: Any) -> Iterator[Violation]:
+    """Broken rules between sections, for whichever sections the command has."""
+    if isinstance(config, ComputeConfig):
+        yield from _layout(config)
+    if isinstance(config, PretrainConfig):
+        yield from model_violations(config.model, config.parallel, world_size(config) // config.parallel.pipeline)
+        yield from _length(config)
+    if isinstance(config, SftConfig | RlConfig):
+        yield from _tunable(config.model)
+    if isinstance(config, PretrainConfig | SftConfig):
+        yield from _blend(config)
+        yield from _batch(config)
+        yield from _schedule(config.optim, config.trainer.steps, "trainer.steps")
+    if isinstance(config, RlConfig):
+        yield from _loop(config)
+        yield from _rewards(config.reward.weights)
+        updates = config.rl.rollouts * config.rl.updates_per_rollout
+        yield from _schedule(config.optim, updates, "rl.rollouts x rl.updates_per_rollout")
+    if isinstance(config, ChatConfig) and world_size(config) > 1:
+        yield Violation("launch.processes", "1, a conversation has one terminal", world_size(config), (("launch.processes", (1,)),))
+
+
+def _layout(config: ComputeConfig) -> Iterator[Violation]:
+    """Degrees against the number of processes."""
+    p, world = config.parallel, world_size(config)
+    source = "WORLD_SIZE" if os.environ.get("WORLD_SIZE") else "launch.processes"
+    replica = p.tensor * p.pipeline * p.context
+    if world % replica:
+        fixes = []
+        for axis in ("tensor", "pipeline", "context"):
+            others = replica // getattr(p, axis)
+            if getattr(p, axis) > 1 and world % others == 0:
+                fixes.append((f"parallel.{axis}", near(divisors(world // others), getattr(p, axis))))
+        fixes += [("launch.processes", multiples(replica, world))] if source == "launch.processes" else []
+        rule = f"tensor x pipeline x context divides {source} {world}"
+        yield Violation("parallel", rule, f"{p.tensor} x {p.pipeline} x {p.context} = {replica}", tuple(fixes))
+    elif world // p.pipeline % p.expert:
+        degrees = near(divisors(world // p.pipeline), p.expert)
+        yield Violation(
+            "parallel.expert",
+            f"divides {source} / parallel.pipeline, {world // p.pipeline}",
+            p.expert,
+            (("parallel.expert", degrees),),
+        )
+
+
+def _data_ranks(config: ComputeConfig) -> int:
+    """Ranks that see different data; 0 where the layout itself is wrong."""
+    p: ParallelConfig = config.parallel
+    replica = p.tensor * p.pipeline * p.context
+    return 0 if world_size(config) % replica else world_size(config) // replica
+
+
+def _length(config: PretrainConfig) -> Iterator[Violation]:
+    length, longest = config.data.sequence_length, config.model.max_position_embeddings
+    if length > longest:
+        yield Violation(
+            "data.sequence_length",
+            f"at most model.max_position_embeddings {longest}",
+            length,
+            (("data.sequence_length", (longest,)),),
+        )
+
+
+def _blend(config: PretrainConfig | SftConfig) -> Iterator[Violation]:
+    if not config.data.train:
+        yield Violation(
+            "data.train", "at least one token file with its weight", "none", hint="give data.train={PATH:1}, PATH without suffix"
+        )
+    for name, weight in config.data.train.items():
+        if not weight > 0 or not math.isfinite(weight):
+            yield Violation(
+                "data.train", f"a weight above 0 for {name}", weight, hint="give a positive weight or leave the file out"
+            )
+    step = config.parallel.tensor * (2 * config.parallel.context if config.parallel.context > 1 else 1)
+    if config.data.sequence_length % step:
+        rule = f"a multiple of {step}, which tensor and context parallel cut it into"
+        yield Violation(
+            "data.sequence_length",
+            rule,
+            config.data.sequence_length,
+            (("data.sequence_length", multiples(step, config.data.sequence_length)),),
+        )
+
+
+def _batch(config: PretrainConfig | SftConfig) -> Iterator[Violation]:
+    """Global batch against micro batch and data ranks, the ramp's start too."""
+    ranks, t, start = _data_ranks(config), config.trainer, config.optim.batch_ramp_start
+    if not ranks:
+        return
+    one = t.micro_batch_size * ranks
+    words = f"a multiple of trainer.micro_batch_size {t.micro_batch_size} x {ranks} data ranks"
+    if t.global_batch_size % one:
+        fixes = [("trainer.global_batch_size", multiples(one, t.global_batch_size))]
+        if t.global_batch_size % ranks == 0:
+            fixes.append(("trainer.micro_batch_size", near(divisors(t.global_batch_size // ranks), t.micro_batch_size)))
+        yield Violation("trainer.global_batch_size", words, t.global_batch_size, tuple(fixes))
+    elif start > t.global_batch_size:
+        rule = f"at most trainer.global_batch_size {t.global_batch_size}"
+        yield Violation("optim.batch_ramp_start", rule, start, (("optim.batch_ramp_start", (t.global_batch_size,)),))
+    elif start % one:
+        yield Violation("optim.batch_ramp_start", words, start, (("optim.batch_ramp_start", multiples(one, start)[:1]),))
+    if bool(start) != bool(config.optim.batch_ramp_steps):
+        rule = "batch_ramp_start and batch_ramp_steps are both 0 or both above 0"
+        got = f"{start} and {config.optim.batch_ramp_steps}"
+        yield Violation(
+            "optim.batch_ramp_start",
+            rule,
+            got,
+            (("optim.batch_ramp_start", (0,)),) if start else (("optim.batch_ramp_steps", (0,)),),
+        )
+
+
+def _schedule(optim: OptimConfig, steps: int, what: str) -> Iterator[Violation]:
+    """``steps``: optimizer steps of the run, which ``what`` gives."""
+    if optim.decay != "constant" and optim.min_lr > optim.lr:
+        fixes = (("optim.min_lr", (optim.lr / 10,)), ("optim.decay", ("constant",)))
+        yield Violation("optim.min_lr", f"at most optim.lr {optim.lr}", optim.min_lr, fixes)
+    if optim.warmup_steps > steps:
+        yield Violation(
+            "optim.warmup_steps",
+            f"at most the run's {steps} steps ({what})",
+            optim.warmup_steps,
+            (("optim.warmup_steps", (steps // 10,)),),
+        )
+    elif optim.decay != "constant" and optim.warmup_steps + optim.constant_steps > steps:
+        rule = f"with warmup_steps {optim.warmup_steps} at most the run's {steps} steps ({what}), so that the decay can end with it"
+        fixes = (("optim.constant_steps", (steps - optim.warmup_steps,)), ("optim.decay", ("constant",)))
+        yield Violation("optim.constant_steps", rule, optim.constant_steps, fixes)
+
+
+def _loop(config: RlConfig) -> Iterator[Violation]:
+    """One rollout cut into updates and ranks."""
+    r, ranks = config.rl, _data_ranks(config)
+    if not ranks:
+        return
+    if r.prompts_per_rollout % ranks:
+        fixes = (("rl.prompts_per_rollout", multiples(ranks, r.prompts_per_rollout)),)
+        yield Violation("rl.prompts_per_rollout", f"a multiple of the {ranks} data ranks", r.prompts_per_rollout, fixes)
+        return
+    responses, parts = r.prompts_per_rollout * r.group_size, r.updates_per_rollout * ranks
+    if responses % parts:
+        rule = f"divides the {responses} responses of a rollout (prompts_per_rollout x group_size) over {ranks} data ranks"
+        fixes = (("rl.updates_per_rollout", near(divisors(responses // ranks), r.updates_per_rollout)),)
+        yield Violation("rl.updates_per_rollout", rule, r.updates_per_rollout, fixes)
+    if r.sampling.temperature == 0:
+        rule = "above 0, the likeliest token has no probability to learn from"
+        yield Violation("rl.sampling.temperature", rule, 0, (("rl.sampling.temperature", (1.0,)),))
+
+
+def _rewards(weights: dict[str, float]) -> Iterator[Violation]:
+    """Every weighted reward is a registered one, or a dotted class that imports."""
+    if not weights:
+        yield Violation("reward.weights", "at least one reward with its weight", "none", hint="give reward.weights={accuracy:1}")
+    known = registry.choices("reward")
+    for name in weights:
+        if "." in name:
+            try:
+                registry.lookup("reward", name)
+            except ValueError as error:
+                yield Violation("reward.weights", "a dotted reward is imported", repr(name), hint=str(error.__cause__ or error))
+        elif name not in known:
+            hint = f"{nearest(name, known)}use one of {', '.join(sorted(known))}"
+            yield Violation("reward.weights", "a registered reward", repr(name), hint=hint)
+
+
+def _tunable(model: dict[str, Any]) -> Iterator[Violation]:
+    """What a run from a checkpoint changes of its model: only fields that alter no weight, with values that keep their own rules."""
+    known = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    for name, value in model.items():
+        path = f"model.{name}"
+        if name not in TUNABLE_MODEL_FIELDS:
+            rule = "a field that alters no weight, the checkpoint decides the others"
+            yield Violation(path, rule, value, hint=f"use one of {', '.join(TUNABLE_MODEL_FIELDS)}")
+            continue
+        field = known[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not field.metadata["rule"](value):
+            yield Violation(path, f"a number, {field.metadata['says']}", repr(value), ((path, (field.default,)),))

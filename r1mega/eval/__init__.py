@@ -1,0 +1,1 @@
+"""Evaluation and conversation, through the engine and the rewards that RL uses."""

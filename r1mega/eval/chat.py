@@ -1,0 +1,56 @@
+"""``r1mega chat``: talk to a checkpoint on the terminal; the thinking is shown dimmed, the answer plain."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+from r1mega.config.errors import UserError
+from r1mega.config.rl import ChatConfig
+from r1mega.data.tokenizer import encode_prompt
+from r1mega.rl.setup import open_engine, open_policy, open_run_mesh, open_tokenizer
+from r1mega.train import checkpoint
+
+
+def chat(config: ChatConfig) -> dict[str, Any]:
+    """Answer ``config.prompt``, or questions from the terminal until an empty line or the end of input. Returns the last answer."""
+    mesh = open_run_mesh(config)
+    if mesh.world_size != 1:
+        raise UserError(f"launch.processes: a conversation has one process; got {mesh.world_size}; use launch.processes=1")
+    init = checkpoint.resolve(config.checkpoint)
+    tokenizer = open_tokenizer(init)
+    policy = open_policy(config, init, mesh, None, {})
+    engine = open_engine(config.engine, policy, tokenizer)
+    engine.load_weights(policy.published_tensors(), version=0)
+    text = ""
+    for number, question in enumerate(_questions(config.prompt)):
+        seed = random.Random(f"{config.seed}:chat:{number}").getrandbits(62)
+        completion = engine.generate([encode_prompt(tokenizer, question)], config.sampling, seed)[0]
+        text = tokenizer.decode(completion.token_ids)
+        print(_shown(text, sys.stdout.isatty()), flush=True)
+        if completion.finish_reason == "length":
+            print(f"(cut off at sampling.max_new_tokens={config.sampling.max_new_tokens})", flush=True)
+    return {"text": text}
+
+
+def _questions(prompt: str | None):
+    if prompt is not None:
+        yield prompt
+        return
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield question
+
+
+def _shown(text: str, colour: bool) -> str:
+    """The response with its thinking dimmed on a terminal."""
+    thought, tag, rest = text.partition("</think>")
+    if not tag:
+        return text
+    return f"\033[2m{thought.strip()}\033[0m\n{rest.strip()}" if colour else f"<think>{thought}</think>\n{rest}"

@@ -1,0 +1,1 @@
+"""Who starts the processes: one launcher a file, all from the same config."""

@@ -1,0 +1,167 @@
+"""Starts the ranks of one run on this machine, as torchrun would: RANK, LOCAL_RANK, WORLD_SIZE and a free port in the environment.
+
+In: the arguments of ``python`` and a number of ranks. Out: nothing, or :class:`LaunchError` with the status of the rank that failed
+first; the others are ended. Rank 0's output passes through; of the others only the stderr of a rank that fails is shown. No rank
+outlives this process: not after Ctrl-C, not after kill -9.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import BinaryIO
+
+HOST = "127.0.0.1"
+POLL_SECONDS = 0.05
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SHOWN_BYTES = 16 << 10
+"""Of a failing rank's stderr, the end that is shown."""
+
+
+class LaunchError(RuntimeError):
+    """A rank failed. ``rank``: which; ``status``: its exit status, 128 + signal where a signal ended it."""
+
+    def __init__(self, rank: int, processes: int, status: int):
+        super().__init__(f"launch: every rank ends with status 0; got {status} from rank {rank} of {processes}; its error is above")
+        self.rank, self.status = rank, status
+
+
+def start_ranks(
+    arguments: Sequence[str],
+    processes: int,
+    *,
+    env: Mapping[str, str] | None = None,
+    grace_seconds: float = 2.0,
+    end_seconds: float = 5.0,
+) -> None:
+    """Run ``python ARGUMENTS`` as ``processes`` ranks and wait for all of them.
+
+    ``env``: added to this process's environment; ``grace_seconds``: how long the other ranks may go on after the first failure, so
+    that the one that knows the cause can say it; ``end_seconds``: from SIGTERM to SIGKILL. Raises LaunchError; KeyboardInterrupt
+    (and SIGTERM as SystemExit 143) after the ranks are gone.
+    """
+    port = free_port()
+    ranks: list[subprocess.Popen] = []
+    with contextlib.ExitStack() as stack:
+        errors: list[BinaryIO | None] = [None] + [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes - 1)]
+        stack.callback(_end, ranks, end_seconds)
+        stack.enter_context(_sigterm_raises())
+        for rank in range(processes):
+            variables = {**os.environ, **(env or {}), **rank_env(rank, processes, port)}
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    env=variables,
+                    stdout=None if rank == 0 else subprocess.DEVNULL,
+                    stderr=errors[rank],
+                    stdin=None if rank == 0 else subprocess.DEVNULL,
+                    preexec_fn=_dies_with(os.getpid()),  # noqa: PLW1509 - runs two system calls, takes no lock
+                )
+            )
+        failed = _wait(ranks, grace_seconds)
+        if failed:
+            _show(failed, errors)
+            raise LaunchError(failed[0][0], processes, failed[0][1])
+
+
+def rank_env(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torch.distributed reads, and a share of the cores for each rank unless the user has said how many threads."""
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+    }
+
+
+def free_port() -> int:
+    """A TCP port that nobody on this machine listens on."""
+    with socket.socket() as server:
+        server.bind((HOST, 0))
+        return server.getsockname()[1]
+
+
+def _dies_with(parent: int) -> Callable[[], None]:
+    """For a child between fork and exec: be killed when the parent is gone, however it went."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def prepare() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it went before the call above
+            os._exit(1)
+
+    return prepare
+
+
+@contextlib.contextmanager
+def _sigterm_raises():
+    """While ranks run, SIGTERM unwinds the stack, so that they are ended. Outside the main thread signals stay as they are."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, leave)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wait(ranks: Sequence[subprocess.Popen], grace_seconds: float) -> list[tuple[int, int]]:
+    """(rank, status) of the ranks that failed by themselves, the first to fail first; empty when all ended with 0."""
+    failed: list[tuple[int, int]] = []
+    deadline = None
+    while True:
+        known = {rank for rank, _ in failed}
+        for rank, process in enumerate(ranks):
+            code = process.poll()
+            if code and rank not in known:
+                failed.append((rank, code if code > 0 else 128 - code))
+        running = any(process.poll() is None for process in ranks)
+        if failed and deadline is None:
+            deadline = time.monotonic() + grace_seconds
+        if not running or (deadline is not None and time.monotonic() > deadline):
+            return failed
+        time.sleep(POLL_SECONDS)
+
+
+def _show(failed: Sequence[tuple[int, int]], errors: Sequence[BinaryIO | None]) -> None:
+    """The end of the stderr of every failed rank but 0, whose stderr has passed through."""
+    for rank, status in failed:
+        stream = errors[rank]
+        if stream is None:
+            continue
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - SHOWN_BYTES))
+        print(f"--- rank {rank}, status {status} ---", file=sys.stderr)
+        print(stream.read().decode("utf-8", "replace"), end="", file=sys.stderr, flush=True)
+
+
+def _end(ranks: Sequence[subprocess.Popen], end_seconds: float) -> None:
+    """End what still runs: SIGTERM, then SIGKILL, then wait, so that nothing is left behind."""
+    for process in ranks:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + end_seconds
+    for process in ranks:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

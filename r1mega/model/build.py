@@ -1,0 +1,196 @@
+"""Typed config to Megatron-Core's ``GPTModel`` through layer specs. Owns every Megatron option that the architecture decides.
+
+In: ``ModelConfig`` and a mesh's degrees. Out: the Megatron config and this rank's ``GPTModel`` (``[B, S]`` tokens to logits or
+per-token losses).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+
+from r1mega.config.model import ModelConfig
+from r1mega.config.run import ParallelConfig
+from r1mega.model.layers import CoreAttention, GroupedExperts, LatentRMSNorm, RMSNorm
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, *, meta: bool = False):
+    """Megatron's config of ``model``. ``meta``: weights have shapes and no storage."""
+    yarn = model.yarn.factor > 1
+    has_groups = model.num_groups > 1
+    std = model.init_std
+
+    def init(weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.init.normal_(weight, mean=0.0, std=std)
+
+    return MLATransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        ffn_hidden_size=model.ffn_size,
+        q_lora_rank=model.q_lora_rank,
+        kv_lora_rank=model.kv_lora_rank,
+        qk_head_dim=model.qk_nope_head_dim,
+        qk_pos_emb_head_dim=model.qk_rope_head_dim,
+        v_head_dim=model.v_head_dim,
+        qk_layernorm=True,
+        rope_type="yarn" if yarn else "rope",
+        rotary_base=model.rope_theta,
+        rotary_scaling_factor=model.yarn.factor if yarn else 1.0,
+        original_max_position_embeddings=model.yarn.original_max_position_embeddings,
+        beta_fast=model.yarn.beta_fast,
+        beta_slow=model.yarn.beta_slow,
+        mscale=model.yarn.mscale,
+        mscale_all_dim=model.yarn.mscale_all_dim if yarn else 0.0,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method=init,
+        output_layer_init_method=init,
+        embedding_init_method=init,
+        num_moe_experts=model.num_experts,
+        moe_layer_freq=[0] * model.first_k_dense + [1] * (model.num_layers - model.first_k_dense),
+        moe_ffn_hidden_size=model.moe_ffn_size,
+        moe_shared_expert_intermediate_size=model.num_shared_experts * model.moe_ffn_size or None,
+        moe_router_topk=model.top_k,
+        moe_router_num_groups=model.num_groups if has_groups else None,
+        moe_router_group_topk=model.topk_groups if has_groups else None,
+        moe_router_score_function=model.score_function,
+        moe_router_pre_softmax=model.score_function == "softmax" and not model.norm_topk_prob,
+        moe_router_topk_scaling_factor=model.routed_scaling_factor,
+        moe_router_dtype="fp32",
+        moe_router_enable_expert_bias=model.use_expert_bias,
+        moe_router_bias_update_rate=model.expert_bias_update_rate,
+        moe_router_load_balancing_type="seq_aux_loss" if model.seq_aux_loss_coef else "none",
+        moe_aux_loss_coeff=model.seq_aux_loss_coef,
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=False,
+        mtp_num_layers=model.num_mtp_layers or None,
+        mtp_loss_scaling_factor=model.mtp_loss_coef,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=parallel.tensor > 1,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=False,
+        init_model_with_meta_device=meta,
+        deterministic_mode=False,
+        variable_seq_lengths=True,
+        gradient_accumulation_fusion=False,
+        cross_entropy_loss_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _layer(config: MLATransformerConfig, *, moe: bool) -> ModuleSpec:
+    """One decoder layer: MLA, then a dense FFN or DeepSeek's MoE."""
+    dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    shared = ModuleSpec(module=SharedExpertMLP, submodules=dense) if config.moe_shared_expert_intermediate_size else None
+    mixture = ModuleSpec(
+        module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=GroupedExperts), shared_experts=shared)
+    )
+    attention = MLASelfAttentionSubmodules(
+        linear_q_proj=ColumnParallelLinear,
+        linear_q_down_proj=ColumnParallelLinear,
+        linear_q_up_proj=ColumnParallelLinear,
+        linear_kv_down_proj=ColumnParallelLinear,
+        linear_kv_up_proj=ColumnParallelLinear,
+        core_attention=CoreAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=LatentRMSNorm,
+        kv_layernorm=LatentRMSNorm,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=MLASelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mixture if moe else ModuleSpec(module=MLP, submodules=dense),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class _OurNorms(LocalSpecProvider):
+    """Megatron's plain modules with our norm, for the MTP block's own slots."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return RMSNorm
+
+
+def build_model(model: ModelConfig, config: MLATransformerConfig) -> GPTModel:
+    """This rank's part of the model, on the mesh that is open."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    stage, stages = groups.pp.rank(), groups.pp.size()
+    offset, count = get_transformer_layer_offset(config), get_num_layers_to_build(config)
+    layers = [_layer(config, moe=index >= model.first_k_dense) for index in range(offset, offset + count)]
+    block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    mtp = None
+    if model.num_mtp_layers:
+        # the MTP block is a MoE layer like the last one, wherever the first-k dense layers lie
+        spec = _layer(config, moe=model.num_layers > model.first_k_dense)
+        mtp = get_gpt_mtp_block_spec_for_backend(config, spec, _OurNorms(), pp_rank=stage)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="none",
+        mtp_block_spec=mtp,
+        pg_collection=groups,
+    )
+
+
+@contextlib.contextmanager
+def without_mtp(model: GPTModel) -> Iterator[None]:
+    """Inside, the model computes the main head alone; Megatron's MTP wants labels, which scoring and RL do not have."""
+    held = model.config.mtp_num_layers, getattr(model, "mtp_process", False)
+    model.config.mtp_num_layers, model.mtp_process = None, False
+    try:
+        yield
+    finally:
+        model.config.mtp_num_layers, model.mtp_process = held
+
+
+def count_parameters(model: torch.nn.Module, *, mtp: bool = False) -> int:
+    """Parameters plus expert biases (which are buffers); the MTP block's own only when asked for."""
+    named = list(model.named_parameters()) + [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("expert_bias")]
+    return sum(tensor.numel() for name, tensor in named if mtp or not name.startswith("mtp."))

@@ -1,0 +1,167 @@
+"""The engine in this process at work: load weights, then decode batches of rows until each has ended; in and out: token ids.
+
+Prefills each distinct prompt once and shares its cache among its responses; removes finished rows from the batch, so that the tail is
+cheap. Which token is drawn depends on the seed, the row's place in the call and its probabilities alone; batching matters only as far
+as it changes the last bits of a probability.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+from r1mega.config.errors import UserError
+from r1mega.config.run import SamplingConfig
+from r1mega.rl.engine import weights
+from r1mega.rl.engine.contract import EngineRuntime
+from r1mega.rl.engine.local import LocalEngine
+from r1mega.rl.engine.mla import LatentCache, prefill, step
+from r1mega.rl.types import Completion
+
+DRAWN_STEPS = 64
+"""Steps whose random numbers are drawn at once."""
+SHRINK_SHARE = 0.1
+"""Finished rows are removed when they are more than this share: removing copies the rest of the cache."""
+
+
+class InProcessEngine:
+    """See :class:`r1mega.rl.engine.contract.Engine`; ``model`` is transformers' ``DeepseekV3ForCausalLM``."""
+
+    def __init__(self, choice: LocalEngine, runtime: EngineRuntime):
+        if runtime.hf_config.get("model_type", "deepseek_v3") != "deepseek_v3":
+            raise UserError(
+                f"engine=local: model_type deepseek_v3; got {runtime.hf_config['model_type']}; use an engine that serves it"
+            )
+        self.choice, self.runtime, self.version = choice, runtime, -1
+        self.device = torch.device(runtime.device)
+        self.dtype = getattr(torch, runtime.dtype if choice.dtype == "as_is" else choice.dtype)
+        config = DeepseekV3Config.from_dict(dict(runtime.hf_config))
+        self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        self.model.set_experts_implementation("grouped_mm")
+        for module in self.model.modules():
+            if hasattr(
+                module, "e_score_correction_bias"
+            ):  # fp32 in every format, as transformers itself has it after loading files
+                module.e_score_correction_bias = module.e_score_correction_bias.float()
+        self.model.to(self.device).eval().requires_grad_(False)
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Copy all weights by Hugging Face name; see :func:`r1mega.rl.engine.weights.load`. After a failure ``version`` is -1."""
+        self.version = -1
+        weights.load(self.model, named_tensors)
+        self.version = version
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
+        """One response to each prompt, in order; at temperature 0 the likeliest token, with log-probability 0.
+
+        Raises UserError before the first complete load, for an empty prompt, and where prompt and response exceed
+        max_position_embeddings; RuntimeError when the weights give logits that are not finite.
+        """
+        if self.version < 0:
+            raise UserError(
+                "engine=local: generates from complete weights; got none, or a load that failed; call load_weights first"
+            )
+        if not prompts:
+            return []
+        longest = max(map(len, prompts)) + sampling.max_new_tokens
+        if min(map(len, prompts)) == 0:
+            raise UserError(
+                f"engine.prompts: at least one token; got an empty prompt at {next(i for i, p in enumerate(prompts) if not p)}; add bos"
+            )
+        if longest > self.model.config.max_position_embeddings:
+            raise UserError(
+                f"sampling.max_new_tokens: prompt and response fit max_position_embeddings {self.model.config.max_position_embeddings}; "
+                f"got {longest - sampling.max_new_tokens} + {sampling.max_new_tokens}; lower it or extend the model's context"
+            )
+        by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # equal lengths together: less padding, no mask
+        completions: list[Completion | None] = [None] * len(prompts)
+        for start in range(0, len(prompts), self.choice.max_batch):
+            rows = by_length[start : start + self.choice.max_batch]
+            for row, completion in zip(rows, self._decode(prompts, rows, sampling, seed), strict=True):
+                completions[row] = completion
+        return completions
+
+    def _decode(self, prompts: list[list[int]], rows: list[int], sampling: SamplingConfig, seed: int) -> list[Completion]:
+        limit = sampling.max_new_tokens
+        logits_BV, cache = self._prefill([prompts[row] for row in rows], limit)
+        positions = torch.arange(cache.largest, device=self.device)[None]
+        cos, sin = self.model.model.rotary_emb(torch.empty(0, dtype=self.dtype, device=self.device), positions)
+        place_B = torch.tensor(rows, device=self.device)
+        live_B = torch.arange(len(rows), device=self.device)
+        tokens = torch.zeros(len(rows), limit, dtype=torch.int64, device=self.device)
+        logprobs = torch.zeros(len(rows), limit, dtype=torch.float32, device=self.device)
+        length_B = torch.full((len(rows),), limit, device=self.device)
+        ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        for now in range(limit):
+            if now % DRAWN_STEPS == 0:
+                uniform = _uniform(seed, now // DRAWN_STEPS, len(prompts)).to(self.device)
+            drawn_B, logprob_B = draw(logits_BV, uniform[place_B[live_B], now % DRAWN_STEPS], sampling.temperature)
+            tokens[live_B, now], logprobs[live_B, now] = drawn_B, logprob_B
+            stopped_B = (drawn_B == self.runtime.eos_id) & ~ended[live_B]
+            length_B[live_B[stopped_B]] = now + 1
+            ended[live_B] |= stopped_B
+            going_B = ~ended[live_B]
+            num_going = int(going_B.sum())
+            if num_going == 0 or now + 1 == limit:
+                break
+            if num_going < (1 - SHRINK_SHARE) * len(live_B):
+                keep = going_B.nonzero()[:, 0]
+                cache.keep(keep)
+                live_B, drawn_B = live_B[keep], drawn_B[keep]
+            logits_BV = step(self.model, cache, drawn_B, (cos[0], sin[0]))
+        return [
+            Completion(row_tokens[:length], row_logprobs[:length], "stop" if stop else "length")
+            for row_tokens, row_logprobs, length, stop in zip(
+                tokens.tolist(), logprobs.tolist(), length_B.tolist(), ended.tolist(), strict=True
+            )
+        ]
+
+    def _prefill(self, prompts: list[list[int]], limit: int) -> tuple[torch.Tensor, LatentCache]:
+        """Logits [B, V] and cache after the prompts, each distinct one read once, in passes of at most ``prefill_tokens``."""
+        distinct = {tuple(prompt): None for prompt in prompts}
+        for idx, prompt in enumerate(distinct):
+            distinct[prompt] = idx
+        largest = max(map(len, prompts)) + limit
+        parts, waiting = [], []
+        for prompt in [*distinct, None]:
+            if waiting and (prompt is None or (len(waiting) + 1) * max(len(prompt), len(waiting[-1])) > self.choice.prefill_tokens):
+                parts.append(prefill(self.model, waiting, self.runtime.pad_id, largest))
+                waiting = []
+            if prompt is not None:
+                waiting.append(list(prompt))
+        cache = LatentCache.joined([part for _, part in parts])
+        shared = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=self.device)
+        cache.keep(shared)
+        return torch.cat([logits for logits, _ in parts])[shared], cache
+
+
+def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row from softmax(logits / temperature) by inversion, and its log-probability there (fp32).
+
+    ``logits_BV``: fp32; ``uniform_B``: fp64 in [0, 1). The token is the first whose cumulative probability (fp64) exceeds the
+    uniform number times the total, so one of probability 0 is never drawn. Temperature 0: the likeliest token, with 0.
+    """
+    if temperature == 0:
+        best_B = logits_BV.argmax(dim=-1)
+        if not torch.isfinite(logits_BV.gather(1, best_B[:, None])).all():
+            raise RuntimeError("engine: the logits are not finite; the weights are broken")
+        return best_B, torch.zeros_like(logits_BV[:, 0])
+    probs_BV = torch.softmax(logits_BV / temperature, dim=-1)
+    cumulative_BV = probs_BV.cumsum(dim=-1, dtype=torch.float64)
+    total_B1 = cumulative_BV[:, -1:]
+    if not torch.isfinite(total_B1).all():
+        raise RuntimeError("engine: the logits are not finite; the weights are broken")
+    drawn_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * total_B1, right=True).clamp_(max=logits_BV.shape[1] - 1)
+    return drawn_B1[:, 0], probs_BV.gather(1, drawn_B1)[:, 0].log()
+
+
+def _uniform(seed: int, block: int, num_rows: int) -> torch.Tensor:
+    """fp64 [rows of the call, DRAWN_STEPS] in [0, 1), a function of its arguments alone."""
+    # torch's CPU generator takes 32 bits of a seed: hash, so that neighbouring seeds and blocks share nothing.
+    digest = hashlib.blake2b(f"{seed}/{block}".encode(), digest_size=4).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.rand(num_rows, DRAWN_STEPS, dtype=torch.float64, generator=generator)

@@ -1,0 +1,222 @@
+"""``r1mega rl``: prompt, rollout, reward, advantage, loss, weights, and back to rollout. On-policy, every part a registered choice.
+
+A rank generates for its share of the questions and trains on what it generated; groups stay whole on their rank, the optimizer step
+is over all ranks. What each part means lies in its own file; this one only orders them.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1mega.config.rl import RlConfig
+from r1mega.data.problems import Problem, load_problems
+from r1mega.data.prompts import PromptStream
+from r1mega.data.tokenizer import encode_prompt
+from r1mega.rl.batch import RolloutBatch, RolloutRow, microbatches
+from r1mega.rl.logprobs import token_logprobs
+from r1mega.rl.metrics import mean_load, rollout_line
+from r1mega.rl.reward.runner import RewardRunner, total
+from r1mega.rl.setup import latest_or, open_engine, open_policy, open_run_mesh, open_tokenizer
+from r1mega.train import checkpoint
+from r1mega.train.checkpoint import TrainState
+from r1mega.train.metrics import Metrics
+from r1mega.train.schedule import learning_rate
+from r1mega.train.trainee import StepResult
+
+
+def rl(config: RlConfig) -> dict[str, Any]:
+    """Reinforce ``config.init`` for ``rl.rollouts`` rollouts; the same call goes on from the last checkpoint."""
+    mesh = open_run_mesh(config)
+    init = checkpoint.resolve(config.init)
+    with RewardRunner(
+        config.reward.weights, config.reward.timeout_seconds, config.reward.memory_bytes, config.reward.workers
+    ) as rewards:
+        loop = RlLoop(config, mesh, init, rewards)
+        while loop.state.extra["rollouts"] < config.rl.rollouts:
+            loop.rollout()
+        return loop.finish()
+
+
+class RlLoop:
+    """One rank's part of the loop. ``rollout`` is one turn: the methods that it calls are the arrows of the picture."""
+
+    def __init__(self, config: RlConfig, mesh, init: Path, rewards: RewardRunner):
+        self.config, self.mesh, self.sizes, self.rewards = config, mesh, config.rl, rewards
+        self.folder = Path(config.out)
+        self.checkpoints = self.folder / "checkpoints"
+        if mesh.is_first:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        mesh.barrier()
+        self.tokenizer, self.parent, self.init = open_tokenizer(init), checkpoint.digest(init), init
+        self.policy = open_policy(config, init, mesh, config.optim, config.model)
+        self.prompts = PromptStream(load_problems(config.data.problems, limit=config.data.limit), self.sizes.prompts_per_rollout, config.seed)
+        self.state = TrainState(extra={"rollouts": 0, "seconds": 0.0})
+        self.policy.copy_to_reference()
+        held, own = latest_or(config.init, self.checkpoints)
+        if own:
+            self.state = self.policy.load(held, weights_only=False)
+            self.prompts.load_state_dict(self.state.cursor)
+        self.advantages, self.loss = config.advantage.build(), config.policy_loss.build()
+        self.engine = open_engine(config.engine, self.policy, self.tokenizer)
+        self.metrics = Metrics(
+            self.folder, "rollout", self.sizes.rollouts, self.state.extra["rollouts"], active=mesh.is_first
+        )
+        self.seconds: dict[str, float] = {}
+        self.push()
+
+    def rollout(self) -> None:
+        """One turn: generate, judge, score, update, push."""
+        began, self.seconds = time.perf_counter(), {}
+        rows, problems = self.generate()
+        judged = self.judge(rows, problems)
+        self.score(rows)
+        results = self.train(rows)
+        self.push()
+        self.state.extra["rollouts"] += 1
+        self.state.extra["seconds"] += time.perf_counter() - began
+        self.state.tokens += sum(self.mesh.gather_objects(sum(row.size for row in rows)))
+        self.log(rows, judged, results)
+        self.save()
+
+    def generate(self) -> tuple[list[RolloutRow], list[Problem]]:
+        """G responses to each of this rank's questions, groups side by side."""
+        with self.timed("rollout"):
+            number, sizes = self.state.extra["rollouts"], self.sizes
+            mine = self.prompts.next()[self.mesh.data_rank :: self.mesh.data_size]
+            problems = [problem for problem in mine for _ in range(sizes.group_size)]
+            prompts = [encode_prompt(self.tokenizer, problem.question) for problem in problems]
+            seed = random.Random(f"{self.config.seed}:{number}:{self.mesh.data_rank}").getrandbits(62)
+            completions = self.engine.generate(prompts, sizes.sampling, seed)
+        return [RolloutRow(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)], problems
+
+    def judge(self, rows: list[RolloutRow], problems: list[Problem]) -> dict[str, list[float]]:
+        """Rewards by name and their weighted sum; sets the rows' advantages."""
+        with self.timed("reward"):
+            records = self.rewards.score(problems, [self.tokenizer.decode(row.completion.token_ids) for row in rows])
+            rewards = total(records, self.config.reward.weights)
+            if self.sizes.shuffle_rewards:
+                rewards = self._shuffled(rewards)
+            advantages = self.advantages(torch.tensor(rewards).view(-1, self.sizes.group_size)).flatten().tolist()
+            for row, advantage in zip(rows, advantages, strict=True):
+                row.advantage = advantage
+        by_name = {name: [record[name].value for record in records] for name in self.config.reward.weights}
+        failed = [float(any(entry.failure for entry in record.values())) for record in records]
+        return {**by_name, "reward": rewards, "reward_failed": failed}
+
+    def _shuffled(self, rewards: list[float]) -> list[float]:
+        everyone = [value for part in self.mesh.gather_objects(rewards) for value in part]
+        random.Random(f"{self.config.seed}:{self.state.extra['rollouts']}:control").shuffle(everyone)
+        return everyone[self.mesh.data_rank * len(rewards) :][: len(rewards)]
+
+    def score(self, rows: list[RolloutRow]) -> None:
+        """The trainer's own log-probabilities of the rollout (pi_old), and the reference's where the loss wants them."""
+        with self.timed("score"):
+            batches = self.batches(rows)
+            self._keep("old", batches)
+            if getattr(self.config.policy_loss, "kl_coef", 0) > 0:
+                with self.policy.as_reference():
+                    self._keep("ref", batches)
+
+    def _keep(self, name: str, batches: list[RolloutBatch]) -> None:
+        for batch, values_BS in zip(batches, self.policy.score(batches, self.logprobs), strict=True):
+            for row, values in zip(batch.rows, batch.split(values_BS), strict=True):
+                setattr(row, name, values)
+
+    def logprobs(self, logits_BSV: torch.Tensor, batch: RolloutBatch) -> torch.Tensor:
+        """Log-probabilities of the rows' own tokens at the sampling temperature, fp32 ``[B, S - 1]``."""
+        return token_logprobs(logits_BSV, batch.targets_BS, self.sizes.sampling.temperature or 1.0)[0]
+
+    def batches(self, rows: list[RolloutRow]) -> list[RolloutBatch]:
+        """Microbatches of rows on the device."""
+        return microbatches(rows, self.sizes.micro_batch_size, self.tokenizer.pad_id, self.mesh.device.torch_device)
+
+    def train(self, rows: list[RolloutRow]) -> list[StepResult]:
+        """The rollout in ``updates_per_rollout`` random minibatches, one optimizer step each."""
+        with self.timed("train"):
+            order = list(range(len(rows)))
+            random.Random(f"{self.config.seed}:{self.state.extra['rollouts']}:minibatches").shuffle(order)
+            count = self.sizes.updates_per_rollout
+            return [self.update([rows[idx] for idx in order[part::count]]) for part in range(count)]
+
+    def update(self, rows: list[RolloutRow]) -> StepResult:
+        """One optimizer step on one minibatch."""
+        tokens = sum(self.mesh.gather_objects(sum(len(row.completion.token_ids) for row in rows)))
+        sequences = sum(self.mesh.gather_objects(len(rows)))
+
+        def objective(logits_BSV: torch.Tensor, batch: RolloutBatch):
+            logprobs_BS, entropy_BS = token_logprobs(
+                logits_BSV, batch.targets_BS, self.sizes.sampling.temperature or 1.0, with_entropy=True
+            )
+            loss, stats = self.loss(
+                logprobs_BS,
+                batch.old_BS,
+                batch.ref_BS,
+                batch.advantage_B,
+                batch.mask_BS,
+                num_sequences=sequences,
+                num_tokens=tokens,
+            )
+            names = ("num_tokens", "num_clipped", "kl_sum")
+            sums = dict(zip(names, stats.sums().tolist(), strict=True))
+            return loss, {**sums, "entropy_sum": float((entropy_BS * batch.mask_BS).sum())}
+
+        steps = self.sizes.rollouts * self.sizes.updates_per_rollout
+        result = self.policy.update(self.batches(rows), objective, learning_rate(self.config.optim, self.state.step, steps))
+        self.state.step += 1
+        refresh = self.sizes.ref_refresh_updates
+        if refresh and self.state.step % refresh == 0:
+            self.policy.copy_to_reference()
+        return result
+
+    def push(self) -> None:
+        """Hand the weights to the engine, in memory, through the name table."""
+        with self.timed("push"):
+            self.engine.load_weights(self.policy.published_tensors(), version=self.state.step)
+
+    def log(self, rows: list[RolloutRow], judged: dict[str, list[float]], results: list[StepResult]) -> None:
+        """One metric line a rollout, over all ranks."""
+        sizes = self.sizes
+        self.metrics.advance()
+        line = rollout_line(self.mesh, rows, judged, results, sizes.group_size)
+        number = self.state.extra["rollouts"]
+        if number % sizes.log_every and number != sizes.rollouts:
+            return
+        rate = learning_rate(self.config.optim, self.state.step - 1, sizes.rollouts * sizes.updates_per_rollout)
+        seconds = {f"seconds_{name}": value for name, value in self.seconds.items()}
+        peak = self.mesh.device.peak_bytes() / 2**30
+        place = {"update": self.state.step, "rollout": number, "lr": rate, "tokens": self.state.tokens, "peak_gib": peak}
+        self.metrics.log({**place, **line, **seconds, "expert_load": mean_load(results)})
+
+    def save(self) -> None:
+        """A checkpoint where it is due."""
+        number, every = self.state.extra["rollouts"], self.sizes.save_every
+        if number == self.sizes.rollouts or (every and number % every == 0):
+            self.state.cursor = self.prompts.state_dict()
+            self.policy.save(
+                self.state, self.checkpoints, keep_last=self.sizes.keep_last, tokenizer=str(self.tokenizer.path), parent=self.parent
+            )
+
+    def finish(self) -> dict[str, Any]:
+        """Close and say where the result lies."""
+        self.metrics.close()
+        return {
+            "checkpoint": str(checkpoint.resolve(self.checkpoints)),
+            "rollouts": self.state.extra["rollouts"],
+            "updates": self.state.step,
+            "tokens": self.state.tokens,
+            "seconds": self.state.extra["seconds"],
+        }
+
+    @contextmanager
+    def timed(self, name: str):
+        """Add the time inside to the phase's sum."""
+        began = time.perf_counter()
+        yield
+        self.mesh.device.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began

@@ -1,0 +1,56 @@
+"""A rollout in numbers, over all data ranks. Pure but for the sums over the mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from r1mega.rl.batch import RolloutRow
+from r1mega.train.trainee import StepResult
+
+
+def rollout_line(mesh, rows: list[RolloutRow], judged: dict[str, list[float]], results: list[StepResult], group_size: int) -> dict[str, Any]:
+    """Means over all responses: rewards by name, lengths, the train/rollout difference; means over the updates: loss, KL, clip.
+
+    ``rollout_diff_mean`` and ``rollout_diff_max``: absolute difference between the engine's and the trainer's log-probability of
+    the same token, over all response tokens. ``flat_groups``: share of groups whose rewards are all equal.
+    """
+    differences = torch.cat(
+        [(torch.tensor(row.completion.logprobs, dtype=torch.float32) - row.old.cpu()).abs() for row in rows if row.completion.token_ids]
+    )
+    lengths = [len(row.completion.token_ids) for row in rows]
+    groups = torch.tensor(judged["reward"]).view(-1, group_size)
+    sums = {
+        "responses": float(len(rows)),
+        "response_length": float(sum(lengths)),
+        "truncated": float(sum(row.completion.finish_reason == "length" for row in rows)),
+        "difference": float(differences.double().sum()),
+        "response_tokens": float(len(differences)),
+        "groups": float(len(groups)),
+        "flat_groups": float((groups == groups[:, :1]).all(dim=1).sum()),
+        "reward_square": float(torch.tensor(judged["reward"]).double().square().sum()),
+        **{name: float(sum(values)) for name, values in judged.items()},
+    }
+    device = mesh.device.torch_device
+    reduced = mesh.sum(torch.tensor(list(sums.values()), dtype=torch.float64, device=device)).tolist()
+    value = dict(zip(sums, reduced, strict=True))
+    largest = float(mesh.max(differences.max().to(device)))
+    count = value["responses"]
+    line = {name: value[name] / count for name in (*judged, "response_length", "truncated")}
+    line["reward_std"] = max(0.0, value["reward_square"] / count - line["reward"] ** 2) ** 0.5
+    line["flat_groups"] = value["flat_groups"] / value["groups"]
+    line["rollout_diff_mean"] = value["difference"] / max(value["response_tokens"], 1)
+    line["rollout_diff_max"] = largest
+    tokens = max(sum(result.stats["num_tokens"] for result in results), 1.0)
+    for name, total in (("kl", "kl_sum"), ("clip_share", "num_clipped"), ("entropy", "entropy_sum")):
+        line[name] = sum(result.stats[total] for result in results) / tokens
+    line["loss"] = sum(result.loss for result in results) / len(results)
+    line["grad_norm"] = sum(result.grad_norm for result in results) / len(results)
+    return line
+
+
+def mean_load(results: list[StepResult]) -> list[list[float]]:
+    """Expert load of a rollout's updates, averaged; empty where nothing is counted."""
+    loads = [torch.tensor(result.expert_load) for result in results if result.expert_load]
+    return torch.stack(loads).mean(0).tolist() if loads else []

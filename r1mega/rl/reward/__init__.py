@@ -1,0 +1,11 @@
+"""Rewards with rules: ``build()`` gives ``(problem, response_text) -> float`` in the choice's ``value_range``; no model, no torch.
+
+A reward is called in a process of its own (:mod:`r1mega.rl.reward.runner`). One from outside is a frozen dataclass registered
+under kind ``reward`` with ``value_range`` and ``build``. If what it builds has a method ``warm(source)``, that is called once a
+process for each source of problems, outside the time limit of a call: the place for slow imports.
+"""
+
+from r1mega.rl.reward.accuracy import AccuracyReward
+from r1mega.rl.reward.format import FormatReward
+
+__all__ = ["AccuracyReward", "FormatReward"]

@@ -1,0 +1,1 @@
+"""The trainer of pretraining and SFT, the optimizer step that RL reuses, checkpoints."""

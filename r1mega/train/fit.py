@@ -1,0 +1,199 @@
+"""The loop of pretraining and SFT: batches in, optimizer steps, metrics, validation, checkpoints, resume.
+
+One loop for both; they differ in the loader and in where the weights come from. The loss is the mean over learnt tokens of the
+global batch, whatever the split into ranks and microbatches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1mega.config.errors import UserError
+from r1mega.config.model import ModelConfig
+from r1mega.config.train import PretrainConfig, SftConfig
+from r1mega.data.loader import PretrainLoader, SftLoader, TokenBatch, validation_batches
+from r1mega.data.tokenfile import check_tokenizer
+from r1mega.data.tokenizer import tokenizer_hash
+from r1mega.device import open_device, peak_tflops
+from r1mega.mesh import Mesh, open_mesh
+from r1mega.model.flops import train_flops_per_token
+from r1mega.model.forward import TokenTensors, token_losses
+from r1mega.train import checkpoint
+from r1mega.train.checkpoint import TrainState
+from r1mega.train.metrics import Metrics
+from r1mega.train.schedule import batch_size, learning_rate
+from r1mega.train.trainee import LossSum, StepResult, Trainee
+
+
+@dataclass
+class Source:
+    """What a run starts from: the loader, a checkpoint for the weights or None, the tokenizer to keep with the checkpoints."""
+
+    loader: PretrainLoader | SftLoader
+    init: Path | None
+    tokenizer: str | None
+
+
+def masked_sum(losses_BS: torch.Tensor, batch: TokenTensors) -> LossSum:
+    """Sum of the learnt tokens' losses and their number."""
+    total = (losses_BS.float() * batch.loss_mask_BS).sum()
+    count = int(batch.loss_mask_BS.sum())
+    return total, count, {"lm": float(total.detach())}
+
+
+def tensors(batch: TokenBatch, size: int, device: torch.device, *, segments: bool) -> list[TokenTensors]:
+    """A rank's rows as microbatches of ``size`` rows on the device."""
+    rows = len(batch.tokens_BS)
+
+    def part(array, start: int) -> torch.Tensor:
+        return torch.from_numpy(array[start : start + size]).to(device)
+
+    return [
+        TokenTensors(
+            part(batch.tokens_BS, start),
+            part(batch.labels_BS, start),
+            part(batch.loss_mask_BS, start),
+            part(batch.segment_ids_BS, start) if segments else None,
+        )
+        for start in range(0, rows, size)
+    ]
+
+
+def fit(config: PretrainConfig | SftConfig, model: ModelConfig, open_source: Callable[[Mesh], Source]) -> dict[str, Any]:
+    """Train to ``trainer.steps``; the same call goes on from the last checkpoint. Returns the result that a recipe keeps.
+
+    Raises UserError, on all ranks, for token files of another tokenizer and for a checkpoint of another model.
+    """
+    mesh = open_mesh(open_device(config.device), config.parallel, config.launch, config.seed)
+    source = open_source(mesh)
+    for meta in source.loader.metas:
+        expected = tokenizer_hash(source.tokenizer) if source.tokenizer else None
+        check_tokenizer(meta, tokenizer_hash=expected, vocab_size=model.vocab_size)
+    trainee = Trainee(model, config.optim, mesh, config.precision.dtype)
+    run = _Run(config, model, mesh, source, trainee)
+    run.start()
+    run.loop()
+    return run.finish()
+
+
+class _Run:
+    """One process's part of a run; its methods are the loop's paragraphs."""
+
+    def __init__(self, config, model: ModelConfig, mesh: Mesh, source: Source, trainee: Trainee):
+        self.config, self.model, self.mesh, self.source, self.trainee = config, model, mesh, source, trainee
+        self.trainer = config.trainer
+        self.folder = Path(config.out)
+        self.checkpoints = self.folder / "checkpoints"
+        self.segments = isinstance(source.loader, SftLoader)
+        self.state = TrainState()
+        self.parent = checkpoint.digest(source.init) if source.init else None
+        self.valid_loss: float | None = None
+        self.seconds = 0.0
+
+    def start(self) -> None:
+        """Load what the run goes on from, and open the metrics."""
+        if self.mesh.is_first:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.mesh.barrier()
+        held = checkpoint.latest(self.checkpoints)
+        if held is not None:
+            self.state = checkpoint.load(self.trainee, held)
+            self.source.loader.load_state_dict(self.state.cursor)
+            self.valid_loss = self.state.extra.get("valid_loss")
+            self.seconds = self.state.extra.get("seconds", 0.0)
+        elif self.source.init is not None:
+            checkpoint.load(self.trainee, self.source.init, weights_only=True)
+        self.metrics = Metrics(self.folder, "step", self.trainer.steps, self.state.step, active=self.mesh.is_first)
+        self.peak = self.trainer.peak_tflops or peak_tflops(self.mesh.device, self.trainee.dtype)
+
+    def loop(self) -> None:
+        """Steps up to ``trainer.steps``."""
+        trainer, optim = self.trainer, self.config.optim
+        multiple = trainer.micro_batch_size * self.mesh.data_size
+        while self.state.step < trainer.steps:
+            began = time.perf_counter()
+            size = batch_size(optim, self.state.step, trainer.global_batch_size, multiple)
+            batch = self.source.loader.next(size)
+            parts = tensors(batch, trainer.micro_batch_size, self.mesh.device.torch_device, segments=self.segments)
+            rate = learning_rate(optim, self.state.step, trainer.steps)
+            result = self.trainee.step(parts, token_losses, masked_sum, rate)
+            self.mesh.device.synchronize()
+            self.state.step += 1
+            self.state.tokens += size * self.config.data.sequence_length
+            self._after_step(result, rate, size, time.perf_counter() - began)
+
+    def _after_step(self, result: StepResult, rate: float, size: int, seconds: float) -> None:
+        step, trainer = self.state.step, self.trainer
+        self.seconds += seconds
+        self.metrics.advance()
+        last = step == trainer.steps
+        validate = self.config.data.valid is not None and (last or (trainer.valid_every and step % trainer.valid_every == 0))
+        if validate:
+            self.valid_loss = self._validate()
+        if last or validate or step % trainer.log_every == 0 or step == 1:
+            self.metrics.log(self._line(result, rate, size, seconds, validate))
+        if last or (trainer.save_every and step % trainer.save_every == 0):
+            self._save()
+
+    def _line(self, result: StepResult, rate: float, size: int, seconds: float, validated: bool) -> dict[str, Any]:
+        tokens = size * self.config.data.sequence_length
+        speed = tokens / seconds
+        flops = train_flops_per_token(self.model, self.config.data.sequence_length) * speed
+        line = {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "loss": result.loss + self.model.mtp_loss_coef * result.mtp_loss + self.model.seq_aux_loss_coef * result.aux_loss,
+            "lm_loss": result.loss,
+            "mtp_loss": result.mtp_loss,
+            "aux_loss": result.aux_loss,
+            "grad_norm": result.grad_norm,
+            "lr": rate,
+            "batch": size,
+            "tokens_per_second": speed,
+            "mfu": flops / (self.peak * 1e12 * self.mesh.world_size),
+            "step_seconds": seconds,
+            "peak_gib": self.mesh.device.peak_bytes() / 2**30,
+            "expert_load": result.expert_load,
+        }
+        if validated:
+            line["valid_loss"] = self.valid_loss
+        return line
+
+    def _validate(self) -> float:
+        data, trainer, mesh = self.config.data, self.trainer, self.mesh
+        batches = validation_batches(
+            data.valid, data.sequence_length, trainer.global_batch_size, trainer.valid_batches, rank=mesh.data_rank, world=mesh.data_size
+        )
+        parts = [
+            part
+            for batch in batches
+            for part in tensors(batch, trainer.micro_batch_size, mesh.device.torch_device, segments=True)
+        ]
+        return self.trainee.evaluate(parts, token_losses, masked_sum)[0]
+
+    def _save(self) -> None:
+        self.state.cursor = self.source.loader.state_dict()
+        self.state.extra = {"valid_loss": self.valid_loss, "seconds": self.seconds}
+        checkpoint.save(
+            self.trainee, self.state, self.checkpoints, keep_last=self.trainer.keep_last, tokenizer=self.source.tokenizer, parent=self.parent
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Close the metrics and say where the result lies."""
+        self.metrics.close()
+        final = checkpoint.latest(self.checkpoints)
+        if final is None:
+            raise UserError(f"trainer: a finished run has a checkpoint; got none in {self.checkpoints}; was it removed meanwhile?")
+        return {
+            "checkpoint": str(final),
+            "steps": self.state.step,
+            "tokens": self.state.tokens,
+            "seconds": self.seconds,
+            "valid_loss": self.valid_loss,
+        }

@@ -1,0 +1,107 @@
+"""The policy that RL sees: score tokens, update on an objective, name its weights, stand in for its reference. No Megatron in here.
+
+In and out are tensors ``[B, S]`` on the policy's device; the objective is the caller's function of logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from r1mega.config.model import ModelConfig
+from r1mega.config.train import OptimConfig
+from r1mega.mesh import Mesh
+from r1mega.model import names
+from r1mega.model.forward import logits
+from r1mega.train import checkpoint
+from r1mega.train.checkpoint import TrainState
+from r1mega.train.trainee import StepResult, Trainee
+
+
+class HasTokens(Protocol):
+    """A microbatch: anything with int64 ``tokens_BS``, padded on the right."""
+
+    tokens_BS: torch.Tensor
+
+
+class Policy:
+    """One model under reinforcement, or, without ``optim``, a model to be asked."""
+
+    def __init__(self, model: ModelConfig, optim: OptimConfig | None, mesh: Mesh, dtype: str):
+        self.model_config, self.mesh = model, mesh
+        self._trainee = Trainee(model, optim, mesh, dtype)
+        self._reference: dict[str, torch.Tensor] | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self._trainee.dtype
+
+    def score(self, batches: Sequence[HasTokens], read: Callable[[torch.Tensor, Any], Any]) -> list[Any]:
+        """``read(logits_BSV, batch)`` for every microbatch, without gradients."""
+        self._trainee.model.eval()
+        with torch.no_grad():
+            return [read(logits(self._trainee.model, batch.tokens_BS), batch) for batch in batches]
+
+    def update(
+        self, batches: Sequence[HasTokens], objective: Callable[[torch.Tensor, Any], tuple[torch.Tensor, dict[str, float]]], lr: float
+    ) -> StepResult:
+        """One optimizer step on the sum of ``objective(logits_BSV, batch)`` over all microbatches of all ranks.
+
+        The objective returns its share of the loss, already normalised for the whole minibatch, and statistics to be added up.
+        """
+        parts = len(batches) * self.mesh.data_size  # Megatron divides by the number of items; one item a microbatch
+
+        def loss(output: torch.Tensor, batch: HasTokens):
+            value, stats = objective(output, batch)
+            return value * parts, 1, {**stats, "objective": float(value.detach())}
+
+        result = self._trainee.step(list(batches), lambda model, batch: logits(model, batch.tokens_BS), loss, lr)
+        result.loss = result.stats.pop("objective")
+        return result
+
+    def published_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All weights under their Hugging Face names, as views of the live ones."""
+        return names.to_hf(self.model_config, self._trainee.named_tensors())
+
+    def published_config(self, *, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> dict[str, Any]:
+        """``config.json`` of the published format."""
+        dtype = str(self.torch_dtype).removeprefix("torch.")
+        return names.hf_config(self.model_config, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, dtype=dtype)
+
+    def copy_to_reference(self) -> None:
+        """Make the policy as it is now the reference."""
+        self._reference = {name: tensor.clone() for name, tensor in self._trainee.named_tensors()}
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the reference's weights stand in the policy's place; for scoring alone."""
+        held = {name: tensor.clone() for name, tensor in self._trainee.named_tensors()}
+        try:
+            self._put(self._reference)
+            yield
+        finally:
+            self._put(held)
+
+    def _put(self, values: dict[str, torch.Tensor]) -> None:
+        for name, tensor in self._trainee.named_tensors():
+            tensor.copy_(values[name])
+
+    def load(self, path: str | Path, *, weights_only: bool) -> TrainState:
+        """Load a checkpoint; see :func:`r1mega.train.checkpoint.load`. The reference comes back with a full load."""
+        state = checkpoint.load(self._trainee, path, weights_only=weights_only)
+        held = checkpoint.resolve(path) / "reference.pt"
+        if not weights_only and held.is_file():
+            self._reference = torch.load(held, weights_only=True, map_location=self.mesh.device.torch_device)
+        return state
+
+    def save(self, state: TrainState, folder: Path, *, keep_last: int, tokenizer: str, parent: str | None) -> Path:
+        """Write a checkpoint with the reference beside the weights."""
+        extra = {"reference.pt": self._reference} if self._reference is not None else {}
+        return checkpoint.save(
+            self._trainee, state, folder, keep_last=keep_last, tokenizer=tokenizer, parent=parent, extra_tensors=extra
+        )

@@ -1,0 +1,179 @@
+"""A model under training: Megatron's DDP, distributed optimizer and forward-backward schedule behind three methods.
+
+``Trainee.step`` takes this rank's microbatches and a loss and makes one optimizer step; pretraining, SFT and RL share it. The loss
+of a microbatch is a sum; gradients are divided by the sum of the microbatches' counts over all ranks, so that no split changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from r1mega.config.model import ModelConfig
+from r1mega.config.train import OptimConfig
+from r1mega.device import DTYPES
+from r1mega.mesh import Mesh
+from r1mega.model.build import build_model, transformer_config
+
+LossSum = tuple[torch.Tensor, int, dict[str, float]]
+"""Sum of a microbatch's losses, how many items it is a sum of, statistics to be added up."""
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did. Sums and counts are over all ranks; loads are ``[layers][experts]`` shares of assignments."""
+
+    loss: float
+    count: int
+    grad_norm: float
+    stats: dict[str, float] = field(default_factory=dict)
+    aux_loss: float = 0.0
+    mtp_loss: float = 0.0
+    expert_load: list[list[float]] = field(default_factory=list)
+
+
+class Trainee:
+    """The model, its gradients and its optimizer on one mesh."""
+
+    def __init__(self, model: ModelConfig, optim: OptimConfig | None, mesh: Mesh, dtype: str):
+        """Build fresh weights; ``optim`` None: for scoring alone. ``dtype``: a key of ``device.DTYPES``."""
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+        self.model_config, self.mesh, self.dtype = model, mesh, DTYPES[dtype]
+        self.config = transformer_config(model, mesh.parallel, self.dtype)
+        module = build_model(model, self.config).to(mesh.device.torch_device)
+        if self.dtype != torch.float32:
+            from megatron.core.transformer.module import Float16Module
+
+            module = Float16Module(self.config, module)
+        self.optimizer = None
+        self.model: torch.nn.Module = module
+        if optim is not None:
+            ddp = DistributedDataParallelConfig(
+                use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False, bucket_size=None
+            )
+            self.model = DistributedDataParallel(self.config, ddp, module)
+            self._make_optimizer(optim)
+            self.config.grad_scale_func = self.optimizer.scale_loss
+            self.config.no_sync_func = self.model.no_sync
+            self.config.finalize_model_grads_func = self._finalize
+        self._counts: list[torch.Tensor] = []
+
+    def _make_optimizer(self, optim: OptimConfig) -> None:
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            bf16=self.dtype == torch.bfloat16,
+            params_dtype=self.dtype,
+            use_distributed_optimizer=True,
+        )
+        self.optimizer = get_megatron_optimizer(config, [self.model])
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """Megatron's GPTModel without its wrappers."""
+        inner = self.model
+        while hasattr(inner, "module"):
+            inner = inner.module
+        return inner
+
+    def routers(self) -> list[torch.nn.Module]:
+        """This stage's routers of decoder layers, in order."""
+        return [module for name, module in self.module.decoder.named_modules() if hasattr(module, "local_tokens_per_expert")]
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and expert biases by Megatron's names, without gradients."""
+        yield from ((name, parameter.detach()) for name, parameter in self.module.named_parameters())
+        yield from ((name, buffer) for name, buffer in self.module.named_buffers() if name.endswith("expert_bias") and buffer is not None)
+
+    def step(self, microbatches: list[Any], forward: Callable[[torch.nn.Module, Any], Any], loss: Callable[[Any, Any], LossSum], lr: float):
+        """One optimizer step over this rank's microbatches (all of one ``[B, S]``).
+
+        ``forward(model, batch)`` gives the model's output; ``loss(output, batch)`` its :data:`LossSum`, on the last stage.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        total, count, stats = self._run(microbatches, forward, loss, forward_only=False)
+        updated, grad_norm, _ = self.optimizer.step()
+        aux, mtp = self._side_losses(len(microbatches))
+        return StepResult(
+            total / max(count, 1), count, float(grad_norm or 0.0), {**stats, "updated": float(updated)}, aux, mtp, self._take_load()
+        )
+
+    def evaluate(self, microbatches: list[Any], forward: Callable, loss: Callable[[Any, Any], LossSum]) -> tuple[float, int]:
+        """Mean loss and item count of this rank's microbatches over all ranks, without gradients."""
+        self.model.eval()
+        with torch.no_grad():
+            total, count, _ = self._run(microbatches, forward, loss, forward_only=True)
+        return total / max(count, 1), count
+
+    def _run(self, microbatches, forward, loss, *, forward_only: bool) -> tuple[float, int, dict[str, float]]:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        kept: list[tuple[float, int, dict[str, float]]] = []
+
+        def reduce(batch, output):
+            value, items, stats = loss(output, batch)
+            kept.append((float(value.detach()), items, stats))
+            return value, torch.tensor(items, dtype=torch.int, device=value.device), {}
+
+        def forward_step(iterator, model):
+            batch = next(iterator)
+            return forward(model, batch), partial(reduce, batch)
+
+        shape = microbatches[0].tokens_BS.shape
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(microbatches),
+            model=[self.model],
+            num_microbatches=len(microbatches),
+            seq_length=shape[1],
+            micro_batch_size=shape[0],
+            forward_only=forward_only,
+        )
+        names = sorted(kept[0][2]) if kept else []
+        sums = [sum(item[0] for item in kept), sum(item[1] for item in kept), *(sum(item[2][name] for item in kept) for name in names)]
+        reduced = self.mesh.sum(torch.tensor(sums, dtype=torch.float64, device=self.mesh.device.torch_device))
+        values = reduced.tolist()
+        return values[0], int(values[1]), dict(zip(names, values[2:], strict=True))
+
+    def _finalize(self, model, num_tokens=None, **kwargs) -> None:
+        from megatron.core.distributed import finalize_model_grads
+
+        self._counts = [router.local_tokens_per_expert.clone() for router in self.routers() if router.enable_expert_bias]
+        finalize_model_grads(model, num_tokens, **kwargs)
+
+    def _take_load(self) -> list[list[float]]:
+        if not self._counts:
+            return []
+        counts_LE = self.mesh.sum(torch.stack(self._counts).double())
+        return (counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1)).tolist()
+
+    def _side_losses(self, num_microbatches: int) -> tuple[float, float]:
+        """Sequence-balance loss (sum over layers, without its coefficient) and MTP loss, from Megatron's trackers, which are emptied."""
+        from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
+        from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+        tracker = get_moe_layer_wise_logging_tracker()
+        aux = sum(float(entry["values"].sum()) for entry in tracker.values()) / num_microbatches
+        clear_aux_losses_tracker()
+        mtp = 0.0
+        if "values" in MTPLossLoggingHelper.tracker:
+            mtp = float(MTPLossLoggingHelper.tracker["values"].mean()) / num_microbatches
+            MTPLossLoggingHelper.clean_loss_in_tracker()
+        return aux, mtp
