@@ -27,7 +27,7 @@ RESULT_VARIABLE = "R1MEGA_RESULT"
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """``target``: "module:function"; ``all_ranks``: every rank calls it, otherwise rank 0; ``saves``: the config goes to ``out``."""
+    """``target``: "module:function"; ``all_ranks``: every rank calls it, else rank 0; ``saves``: the config goes to ``out``."""
 
     target: str
     about: str
@@ -59,20 +59,20 @@ COMMANDS: dict[str, Command] = {
 def run(command: str, overrides: Iterable[str] | Any = ()) -> Any:
     """Run ``command`` and return its result.
 
-    ``overrides``: ``group=choice`` and ``key=value`` texts, or the command's config. With ``launch.processes`` above 1, and no ranks
-    started by somebody else, this process starts the ranks and returns rank 0's result. Raises UserError for anything wrong with
-    config or input files, before torch is imported; :class:`r1mega.launch.local.LaunchError` where a rank fails.
+    ``overrides``: ``group=choice`` and ``key=value`` texts, or the command's config. With ``launch.processes`` above 1, and no
+    ranks started by somebody else, this process starts the ranks and returns rank 0's result. Raises UserError for anything wrong
+    with config or input files, before torch is imported; :class:`r1mega.launch.local.LaunchError` where a rank fails.
     """
     cls = schema(command)
+    from r1mega.config.compose import composition, resolved, save_config
+
     if dataclasses.is_dataclass(overrides):
         if type(overrides) is not cls:
             raise UserError(
                 f"{command}: a {cls.__name__}; got {type(overrides).__name__}; make it with compose({command!r}, overrides)"
             )
-        config, arguments, choices = overrides, None, {}
+        config, arguments, choices = resolved(overrides), None, {}
     else:
-        from r1mega.config.compose import composition
-
         made = composition(command, overrides)
         config, arguments, choices = made.config, made.overrides, made.choices
     rules.check(config)
@@ -84,8 +84,6 @@ def run(command: str, overrides: Iterable[str] | Any = ()) -> Any:
     if not is_first and not entry.all_ranks:
         return None
     if is_first and entry.saves:
-        from r1mega.config.compose import save_config
-
         save_config(config, config.out, overrides=arguments or (), choices=choices)
     result_file = os.environ.pop(RESULT_VARIABLE, None)
     result = entry.load()(config)
@@ -98,8 +96,8 @@ def _run_ranks(command: str, arguments: Iterable[str] | None, processes: int) ->
     """Start ``python -m r1mega`` with the same arguments once a rank."""
     if arguments is None:
         raise UserError(
-            f"launch.processes: 1 for a ready config, which runs in this process; got {processes}; give overrides as text, or start the "
-            "script under torchrun"
+            f"launch.processes: 1 for a ready config, which runs in this process; got {processes}; give overrides as "
+            "text, or start the script under torchrun"
         )
     from r1mega.launch.local import start_ranks
 
@@ -121,7 +119,7 @@ def prepare(*overrides: Any) -> Any:
 
 
 def pretrain(*overrides: Any) -> Any:
-    """Next-token training: ``pretrain("model=tiny", "trainer.steps=10", "data.train={runs/data/text:1}")``, or one PretrainConfig."""
+    """Next-token training: ``pretrain("model=tiny", "trainer.steps=10", "data.train={text:1}")``, or one PretrainConfig."""
     return _call("pretrain", overrides)
 
 

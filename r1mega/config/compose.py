@@ -87,6 +87,25 @@ def composition(command: str, overrides: Iterable[str] = ()) -> Composition:
     return Composition(command, config, request.arguments, request.groups)
 
 
+def resolved(config: Any) -> Any:
+    """A config made in Python as composition would give it: types checked, ``${...}`` of the defaults (``out``) filled in.
+
+    Raises UserError for a value of the wrong type, a value that is still missing, or an interpolation of no key.
+    """
+    command = command_of(config)
+    try:
+        node = OmegaConf.structured(config)
+        missing = sorted(_missing(node))
+        if missing:
+            raise UserError(f"{missing[0]}: a value is needed; got none; set it in the {type(config).__name__}")
+        return OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        detail = str(error).splitlines()[0]
+        raise UserError(
+            f"{error.full_key or command}: a value of the key's type; got {detail}; see r1mega {command} --help"
+        ) from error
+
+
 def _store(request: Request) -> None:
     """Put the command's schema and every choice that it may name into Hydra's store."""
     store = ConfigStore.instance()
@@ -129,12 +148,22 @@ def _open(node: DictConfig) -> None:
 
 def _name_missing(node: DictConfig, request: Request) -> None:
     lines = []
-    for path in sorted(OmegaConf.missing_keys(node)):
+    for path in sorted(_missing(node)):
         key = find(request.cls, path, request.chosen)
         what = f"{key.doc}, unit {key.unit}" if key else "required"
         lines.append(f"{path}: a value is needed ({what}); got none; give {path}=VALUE")
     if lines:
         raise UserError("\n".join(lines))
+
+
+def _missing(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Keys without a value. OmegaConf's own search follows interpolations and stops at one that leads to such a key."""
+    for name in node:
+        child, path = node._get_node(name), f"{prefix}{name}"
+        if child._is_missing() and not child._is_interpolation():
+            yield path
+        elif isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+            yield from _missing(child, f"{path}.")
 
 
 @contextlib.contextmanager
@@ -153,8 +182,10 @@ def _wording(request: Request) -> Iterator[None]:
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
         cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
-        detail = str(cause or error).splitlines()[0]
-        path = getattr(cause, "full_key", None)
+        said = [line.strip() for line in str(cause or error).splitlines()]
+        named = [line.removeprefix("full_key: ") for line in said if line.startswith("full_key: ")]
+        path = getattr(cause, "full_key", None) or (named[0] if named else None)
+        detail = said[1] if named and said[0].endswith("composing config:") else said[0]
         if not path:
             raise UserError(f"config: Hydra composes it; got {detail}; check the YAML files, debug=true shows where") from error
         if find(request.cls, path, request.chosen) is None:

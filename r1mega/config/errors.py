@@ -9,12 +9,12 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Wrong input. The message is one line: where, the rule, what was given, the way out; a config with several faults gives a line each."""
+    """Wrong input. The message is one line: where, the rule, what was given, the way out; a config's faults come a line each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Violation:
-    """One broken rule. ``fixes``: keys with the values that mend it, each alone, nearest first; ``hint``: the way out where no value is."""
+    """One broken rule. ``fixes``: keys with the values that mend it, each value alone; ``hint``: the way out where no value is."""
 
     where: str
     rule: str

@@ -1,4 +1,4 @@
-"""``r1mega --help`` and ``r1mega COMMAND --help`` as text, from the knobs and the YAML files. Composes nothing, imports no torch."""
+"""``r1mega --help`` and ``r1mega COMMAND --help`` as text, from knobs and YAML files. Composes nothing, imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def overview(about: Mapping[str, str]) -> str:
     lines = [f"usage: {_GRAMMAR}", "", *(f"  {name:<10}{text}" for name, text in about.items()), ""]
     lines += ["r1mega COMMAND --help lists the command's groups and keys with default, unit and meaning.", ""]
     lines += [
-        "flags, Hydra's own: --help, --version, --config-dir DIR (more YAML files of groups), --cfg job (print the config, run nothing)"
+        "flags, Hydra's own: --help, --version, --config-dir DIR (more choices as YAML), --cfg job (print the config, run nothing)"
     ]
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
-"""Rules of one architecture and of its cut into ranks. In: ModelConfig, ParallelConfig; out: Violations with the nearest valid values.
+"""Rules of one architecture and of its cut into ranks. In: ModelConfig, ParallelConfig; out: Violations with the nearest values.
 
-Two facts of Megatron-Core 0.16.1 make rules: it scores an expert group by the sum of its ``top_k // topk_groups`` best experts, where
-DeepSeek-V3 takes 2 and V2 takes 1; and it always normalises the weights of a sigmoid gate when a token has more than one expert.
+Two facts of Megatron-Core 0.16.1 make rules: it scores an expert group by the sum of its ``top_k // topk_groups`` best experts,
+where DeepSeek-V3 takes 2 and V2 takes 1; and it always normalises a sigmoid gate's weights when a token has more than one expert.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def check_model(model: ModelConfig, parallel: ParallelConfig | None = None) -> N
         raise UserError("\n".join(lines))
 
 
-def model_violations(model: ModelConfig, parallel: ParallelConfig, expert_ranks: int = 0) -> Iterator[Violation]:
+def model_violations(model: ModelConfig, parallel: ParallelConfig, world: int = 0) -> Iterator[Violation]:
     """Every broken rule of ``model`` under ``parallel``. Fields are assumed to keep their own rules.
 
-    ``expert_ranks``: ranks that the experts of one pipeline stage may spread over, 0 where nobody knows yet.
+    ``world``: processes of the run, which limits the degrees that a way out may name; 0 where nobody knows yet.
     """
     m = model
     if m.qk_rope_head_dim % 2:
@@ -60,7 +60,7 @@ def model_violations(model: ModelConfig, parallel: ParallelConfig, expert_ranks:
         yield Violation("model.max_position_embeddings", rule, m.max_position_embeddings, fixes)
     if m.first_k_dense < m.num_layers or m.num_mtp_layers:
         yield from _router(m)
-    yield from _cut(m, parallel, expert_ranks)
+    yield from _cut(m, parallel, world)
 
 
 def _router(m: ModelConfig) -> Iterator[Violation]:
@@ -102,31 +102,34 @@ def _routing_fault(m: ModelConfig) -> tuple[str, str] | None:
         return "top_k", f"a multiple of model.topk_groups {m.topk_groups}"
     if m.top_k // m.topk_groups != best:
         return "top_k", (
-            f"{best} x model.topk_groups {m.topk_groups}, since Megatron scores a group by its top_k / topk_groups best experts and "
-            f"DeepSeek's {m.score_function} gate by its best {best}"
+            f"{best} x model.topk_groups {m.topk_groups}, since Megatron scores a group by its top_k / topk_groups best "
+            f"experts and DeepSeek's {m.score_function} gate by its best {best}"
         )
     return None
 
 
-def _cut(m: ModelConfig, parallel: ParallelConfig, expert_ranks: int) -> Iterator[Violation]:
-    """Degrees against the architecture."""
-    tensor = parallel.tensor
+def _cut(m: ModelConfig, parallel: ParallelConfig, world: int) -> Iterator[Violation]:
+    """Degrees against the architecture. gcd(n, 0) is n: without a world every divisor is a way out."""
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    tensor_ranks, stages = world // (pipeline * parallel.context), world // (tensor * parallel.context)
     for name in ("num_heads", "vocab_size", "ffn_size"):
         value = getattr(m, name)
         if value % tensor:
-            fixes = (("parallel.tensor", near(divisors(value), tensor)), (f"model.{name}", multiples(tensor, value)))
+            degrees = near(divisors(math.gcd(value, tensor_ranks)), tensor)
+            fixes = (("parallel.tensor", degrees), (f"model.{name}", multiples(tensor, value)))
             yield Violation(f"model.{name}", f"a multiple of parallel.tensor {tensor}", value, fixes)
     shared = m.num_shared_experts * m.moe_ffn_size
     if shared % tensor:
         rule = f"num_shared_experts x moe_ffn_size is a multiple of parallel.tensor {tensor}"
-        yield Violation("model.moe_ffn_size", rule, shared, (("parallel.tensor", near(divisors(shared), tensor)),))
+        degrees = near(divisors(math.gcd(shared, tensor_ranks)), tensor)
+        yield Violation("model.moe_ffn_size", rule, shared, (("parallel.tensor", degrees),))
     if m.num_experts % parallel.expert:
-        degrees = near(divisors(math.gcd(m.num_experts, expert_ranks)), parallel.expert, 6)  # gcd(E, 0) is E
+        degrees = near(divisors(math.gcd(m.num_experts, world // pipeline)), parallel.expert, 6)
         yield Violation(
             "parallel.expert", f"divides model.num_experts {m.num_experts}", parallel.expert, (("parallel.expert", degrees),)
         )
-    if m.num_layers % parallel.pipeline:
-        stages = near(divisors(m.num_layers), parallel.pipeline)
+    if m.num_layers % pipeline:
+        degrees = near(divisors(math.gcd(m.num_layers, stages)), pipeline)
         yield Violation(
-            "parallel.pipeline", f"divides model.num_layers {m.num_layers}", parallel.pipeline, (("parallel.pipeline", stages),)
+            "parallel.pipeline", f"divides model.num_layers {m.num_layers}", pipeline, (("parallel.pipeline", degrees),)
         )

@@ -115,11 +115,11 @@ def _parse(argument: Any) -> Override:
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{key}: a value in Hydra's grammar; got {argument!r} ({reason}); quote it: {key}='\"...\"'") from error
+        got = f"{argument!r} ({str(error).splitlines()[0]})"
+        raise UserError(f"{key}: a value in Hydra's grammar; got {got}; quote it: {key}='\"...\"'") from error
     if override.is_sweep_override():
-        raise UserError(f"{key}: one value; got {argument.partition('=')[2]!r}; "
-                        f"for a list write {key}=[a,b], for text with a comma quote it, for several runs start several commands")  # fmt: skip
+        way = f"for a list write {key}=[a,b], for text with a comma quote it, for several runs start several commands"
+        raise UserError(f"{key}: one value; got {argument.partition('=')[2]!r}; {way}")
     if override.package is not None or (override.key_or_group.startswith("hydra") and override.key_or_group != SEARCH_PATH):
         raise UserError(f"{key}: a key of the command; got one of Hydra's own; leave it out (runs write to out=FOLDER)")
     return override

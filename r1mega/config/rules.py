@@ -1,7 +1,7 @@
 """Rules of a whole config: every knob's own, then those across sections. Touches no file and imports no torch.
 
-In: a command's dataclass. Out: nothing, or one UserError with a line a broken rule: ``key: rule; got value; way out``, where the way
-out names the nearest values that keep the rule.
+In: a command's dataclass. Out: nothing, or one UserError with a line a broken rule: ``key: rule; got value; way out``, where the
+way out names the nearest values that keep the rule.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from r1mega.config.errors import UserError, Violation, nearest
 from r1mega.config.knob import REQUIRED
 from r1mega.config.model import ModelConfig
 from r1mega.config.model_rules import divisors, model_violations, multiples, near
-from r1mega.config.rl import ChatConfig, RlConfig
+from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RlConfig
 from r1mega.config.run import ComputeConfig, ParallelConfig
 from r1mega.config.schema import plain_type
 from r1mega.config.train import TUNABLE_MODEL_FIELDS, OptimConfig, PretrainConfig, SftConfig
 
 
 def check(config: Any) -> None:
-    """Check every rule of ``config``. Raises UserError, one line a broken rule; cross-section rules wait until each field is right."""
+    """Raise UserError, one line a broken rule of ``config``; rules across sections wait until each field is right."""
     found = list(field_violations(config)) or list(cross_violations(config))
     if found:
         raise UserError("\n".join(map(str, found)))
@@ -51,7 +51,10 @@ def field_violations(config: Any, prefix: str = "") -> Iterator[Violation]:
         elif isinstance(value, float) and not math.isfinite(value):
             yield Violation(path, "a finite number", value, hint=f"give a number ({field.metadata.get('unit')})")
         elif value is None:
-            if not plain_type(hints[field.name])[1] and hints[field.name] is not Any:
+            if field.name in registry.KINDS and field.metadata.get("unit") == "choice":
+                names = sorted(registry.choices(field.name))
+                yield Violation(path, "a choice is needed", "null", hint=f"give one of {', '.join(names)}")
+            elif not plain_type(hints[field.name])[1] and hints[field.name] is not Any:
                 yield Violation(path, "a value is needed", "null", hint=f"give {path}=VALUE")
         elif rule is not None and not rule(value):
             usual = field.default
@@ -65,7 +68,7 @@ def cross_violations(config: Any) -> Iterator[Violation]:
     if isinstance(config, ComputeConfig):
         yield from _layout(config)
     if isinstance(config, PretrainConfig):
-        yield from model_violations(config.model, config.parallel, world_size(config) // config.parallel.pipeline)
+        yield from model_violations(config.model, config.parallel, world_size(config))
         yield from _length(config)
     if isinstance(config, SftConfig | RlConfig):
         yield from _tunable(config.model)
@@ -78,6 +81,8 @@ def cross_violations(config: Any) -> Iterator[Violation]:
         yield from _rewards(config.reward.weights)
         updates = config.rl.rollouts * config.rl.updates_per_rollout
         yield from _schedule(config.optim, updates, "rl.rollouts x rl.updates_per_rollout")
+    if isinstance(config, RlConfig | EvalConfig | ChatConfig | ExportConfig):
+        yield from _whole_weights(config)
     if isinstance(config, ChatConfig) and world_size(config) > 1:
         yield Violation("launch.processes", "1, a conversation has one terminal", world_size(config), (("launch.processes", (1,)),))
 
@@ -104,6 +109,17 @@ def _layout(config: ComputeConfig) -> Iterator[Violation]:
             p.expert,
             (("parallel.expert", degrees),),
         )
+
+
+def _whole_weights(config: ComputeConfig) -> Iterator[Violation]:
+    """A rank hands whole weights to its engine or its file."""
+    axes = ("tensor", "pipeline", "expert", "context") if isinstance(config, ExportConfig) else ("tensor", "pipeline", "expert")
+    for axis in axes:
+        degree = getattr(config.parallel, axis)
+        if degree != 1:
+            yield Violation(
+                f"parallel.{axis}", "1, every rank of this command holds whole weights", degree, ((f"parallel.{axis}", (1,)),)
+            )
 
 
 def _data_ranks(config: ComputeConfig) -> int:
@@ -227,7 +243,7 @@ def _rewards(weights: dict[str, float]) -> Iterator[Violation]:
 
 
 def _tunable(model: dict[str, Any]) -> Iterator[Violation]:
-    """What a run from a checkpoint changes of its model: only fields that alter no weight, with values that keep their own rules."""
+    """What a run from a checkpoint changes of its model: only fields that alter no weight, with values that keep their rules."""
     known = {field.name: field for field in dataclasses.fields(ModelConfig)}
     for name, value in model.items():
         path = f"model.{name}"

@@ -55,7 +55,8 @@ def documents(sources: Sequence[str], *, text_column: str = "text", limit_bytes:
 def stdlib_documents() -> Iterator[str]:
     """For each module of the running Python's library one document: its docstrings, when it has some, then its source.
 
-    Both in one, so that what is held out for validation is not trained on in its other form. Modules come in the order of their paths' hashes: the same everywhere, and a byte limit takes a cross-section.
+    Both in one, so that what is held out for validation is not trained on in its other form. Modules come in the order of their
+    paths' hashes: the same everywhere, and a byte limit takes a cross-section.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = [path for path in root.rglob("*.py") if not _NOT_STDLIB.intersection(path.relative_to(root).parts)]
@@ -70,7 +71,7 @@ def stdlib_documents() -> Iterator[str]:
 
 
 def docstrings(source: str) -> str:
-    """The docstrings of a module's source in order, each under the name that it describes; "" for none, or if it does not parse."""
+    """A module's docstrings, outermost first, each under the name that it describes; "" for none, or if it does not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in strings are not our business

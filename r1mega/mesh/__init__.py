@@ -107,9 +107,10 @@ def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, se
     Raises UserError when the degrees do not divide the world, or when this process already holds a mesh of other degrees.
     """
     global _open
-    from r1mega.compat import megatron_plain
+    from r1mega.compat import megatron_adam, megatron_plain
 
     megatron_plain.apply()
+    megatron_adam.apply()
     from megatron.core import parallel_state, tensor_parallel
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

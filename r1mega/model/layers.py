@@ -101,16 +101,10 @@ class GroupedExperts(MegatronModule):
             offsets = tokens_per_expert.to(rows_RD.device).cumsum(0).to(torch.int32)
             hidden = F.grouped_mm(rows_RD, self.weight1.transpose(1, 2), offs=offsets)
             return F.grouped_mm(_swiglu(hidden, probs_R), self.weight2.transpose(1, 2), offs=offsets), None
-        outputs, start = [], 0
-        for expert, count in enumerate(tokens_per_expert.tolist()):
-            if count:
-                rows = slice(start, start + count)
-                hidden = F.linear(rows_RD[rows], self.weight1[expert])
-                outputs.append(F.linear(_swiglu(hidden, probs_R[rows]), self.weight2[expert]))
-            start += count
-        if not outputs:  # no token came here: an empty result that still depends on its input
-            return rows_RD * 1, None
-        return torch.cat(outputs), None
+        counts = tokens_per_expert.tolist()
+        # unbind, not indexing: the backward of an index fills a zero stack for every expert
+        parts = zip(rows_RD.split(counts), probs_R.split(counts), self.weight1.unbind(0), self.weight2.unbind(0), strict=True)
+        return torch.cat([F.linear(_swiglu(F.linear(rows, up), probs), down) for rows, probs, up, down in parts]), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The stacks, cut along the expert axis over the expert-parallel ranks."""

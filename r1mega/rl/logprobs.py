@@ -13,7 +13,7 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(z / temperature)[target] and the entropy of that distribution, both fp32; the gradient is the first one's alone."""
+    """log softmax(z / temperature)[target] and that distribution's entropy, both fp32; the gradient is the first one's alone."""
 
     @staticmethod
     def forward(ctx, logits_RV: torch.Tensor, targets_R: torch.Tensor, temperature: float, with_entropy: bool):

@@ -19,7 +19,7 @@ from r1mega.data.problems import Problem, load_problems
 from r1mega.data.prompts import PromptStream
 from r1mega.data.tokenizer import encode_prompt
 from r1mega.rl.batch import RolloutBatch, RolloutRow, microbatches
-from r1mega.rl.logprobs import token_logprobs
+from r1mega.rl.loss import token_logprobs
 from r1mega.rl.metrics import mean_load, rollout_line
 from r1mega.rl.reward.runner import RewardRunner, total
 from r1mega.rl.setup import latest_or, open_engine, open_policy, open_run_mesh, open_tokenizer
@@ -55,7 +55,9 @@ class RlLoop:
         mesh.barrier()
         self.tokenizer, self.parent, self.init = open_tokenizer(init), checkpoint.digest(init), init
         self.policy = open_policy(config, init, mesh, config.optim, config.model)
-        self.prompts = PromptStream(load_problems(config.data.problems, limit=config.data.limit), self.sizes.prompts_per_rollout, config.seed)
+        self.prompts = PromptStream(
+            load_problems(config.data.problems, limit=config.data.limit), self.sizes.prompts_per_rollout, config.seed
+        )
         self.state = TrainState(extra={"rollouts": 0, "seconds": 0.0})
         self.policy.copy_to_reference()
         held, own = latest_or(config.init, self.checkpoints)
@@ -64,9 +66,7 @@ class RlLoop:
             self.prompts.load_state_dict(self.state.cursor)
         self.advantages, self.loss = config.advantage.build(), config.policy_loss.build()
         self.engine = open_engine(config.engine, self.policy, self.tokenizer)
-        self.metrics = Metrics(
-            self.folder, "rollout", self.sizes.rollouts, self.state.extra["rollouts"], active=mesh.is_first
-        )
+        self.metrics = Metrics(self.folder, "rollout", self.sizes.rollouts, self.state.extra["rollouts"], active=mesh.is_first)
         self.seconds: dict[str, float] = {}
         self.push()
 

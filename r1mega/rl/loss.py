@@ -124,7 +124,7 @@ def policy_loss(
 
     if kl_coef > 0 and ref_logprobs_BS is None:
         raise UserError(
-            f"policy_loss.kl_coef: above 0 needs the reference's log-probabilities; got {kl_coef} and none; pass them or use kl_coef=0"
+            f"policy_loss.kl_coef: above 0 needs the reference's logprobs; got {kl_coef} without them; use policy_loss.kl_coef=0"
         )
     mask = mask_BS.bool()
 

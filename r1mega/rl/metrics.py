@@ -10,14 +10,20 @@ from r1mega.rl.batch import RolloutRow
 from r1mega.train.trainee import StepResult
 
 
-def rollout_line(mesh, rows: list[RolloutRow], judged: dict[str, list[float]], results: list[StepResult], group_size: int) -> dict[str, Any]:
+def rollout_line(
+    mesh, rows: list[RolloutRow], judged: dict[str, list[float]], results: list[StepResult], group_size: int
+) -> dict[str, Any]:
     """Means over all responses: rewards by name, lengths, the train/rollout difference; means over the updates: loss, KL, clip.
 
     ``rollout_diff_mean`` and ``rollout_diff_max``: absolute difference between the engine's and the trainer's log-probability of
     the same token, over all response tokens. ``flat_groups``: share of groups whose rewards are all equal.
     """
     differences = torch.cat(
-        [(torch.tensor(row.completion.logprobs, dtype=torch.float32) - row.old.cpu()).abs() for row in rows if row.completion.token_ids]
+        [
+            (torch.tensor(row.completion.logprobs, dtype=torch.float32) - row.old.cpu()).abs()
+            for row in rows
+            if row.completion.token_ids
+        ]
     )
     lengths = [len(row.completion.token_ids) for row in rows]
     groups = torch.tensor(judged["reward"]).view(-1, group_size)

@@ -164,6 +164,8 @@ def _sharded(trainee: Trainee, *, loading: bool, with_optimizer: bool = True) ->
     model = trainee.module.sharded_state_dict()
     sharded: dict[str, Any] = {"model": model}
     if with_optimizer and trainee.optimizer is not None:
+        if loading:
+            trainee.allocate_moments()
         sharded["optimizer"] = trainee.optimizer.sharded_state_dict(
             trainee.module.sharded_state_dict(), is_loading=loading, metadata=SHARDING
         )

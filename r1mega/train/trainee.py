@@ -81,6 +81,16 @@ class Trainee:
         )
         self.optimizer = get_megatron_optimizer(config, [self.model])
 
+    def allocate_moments(self) -> None:
+        """Give a fresh torch optimizer its (zero) moments: Megatron loads a checkpoint into moments that are there."""
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            inner = part.optimizer
+            if not isinstance(inner, torch.optim.Adam) or inner.state:
+                continue
+            for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+                zero = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                inner.state[parameter] = {"step": torch.tensor(0.0), **zero}
+
     @property
     def module(self) -> torch.nn.Module:
         """Megatron's GPTModel without its wrappers."""

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from r1mega import registry
-from r1mega.config.compose import composition, compose, config_dir, load_config, model_from_dict, preset, save_config
+from r1mega.config.compose import compose, composition, config_dir, load_config, model_from_dict, preset, save_config
 from r1mega.config.data import ProblemSourceConfig
 from r1mega.config.errors import UserError
 from r1mega.config.knob import at_least, knob
@@ -32,18 +32,18 @@ EVERY = {
 }
 
 
-@pytest.fixture
-def outside(monkeypatch):
-    """Registrations of a test are gone after it."""
-    monkeypatch.setattr(registry, "_choices", {kind: dict(held) for kind, held in registry._choices.items()})
-
-
-@registry.register("advantage", "from_a_test")
 @dataclasses.dataclass(frozen=True)
 class Mine:
-    """A choice of this test, also named by its dotted path."""
+    """A choice of this test."""
 
     scale: float = knob(1.0, "a factor", "1", **at_least(0))
+
+
+@pytest.fixture
+def mine(monkeypatch):
+    """``advantage=from_a_test``, for one test."""
+    monkeypatch.setattr(registry, "_choices", {kind: dict(held) for kind, held in registry._choices.items()})
+    registry.register("advantage", "from_a_test")(Mine)
 
 
 def error_of(command: str, *overrides: str) -> str:
@@ -98,7 +98,7 @@ def test_hydra_writes_nothing_and_leaves_the_global_state_alone(tmp_path, monkey
     assert logging.getLogger().handlers == handlers
 
 
-def test_a_registered_choice_is_an_option_with_typed_knobs(outside, tmp_path) -> None:
+def test_a_registered_choice_is_an_option_with_typed_knobs(mine, tmp_path) -> None:
     cfg = compose("rl", [*RL, "advantage=from_a_test", "advantage.scale=3"])
     assert cfg.advantage == Mine(scale=3.0)
     save_config(cfg, tmp_path)

@@ -50,7 +50,7 @@ def test_everything_is_written_and_fits_together(prepared):
     assert result["problems"] == {"train": 80, "valid": 10, "test": 20} and result["skipped"] == 0
     tokenizer = load_tokenizer(out / "tokenizer")
     assert result["vocab_size"] == tokenizer.vocab_size <= 400 and result["tokenizer_hash"] == tokenizer.hash
-    for name, docs in (("text", 17), ("text_valid", 3), ("worked", 60), ("worked_valid", 10), ("sft", 30), ("sft_valid", 10)):
+    for name, docs in (("text", 16), ("text_valid", 4), ("worked", 60), ("worked_valid", 10), ("sft", 30), ("sft_valid", 10)):
         file = TokenFile(out / name)
         file.verify()
         check_tokenizer(file.meta, tokenizer_hash=tokenizer.hash, vocab_size=tokenizer.vocab_size)

@@ -13,8 +13,8 @@ from r1mega.data.text import docstrings, documents, read_jsonl, stdlib_documents
 
 
 def test_docstrings_by_hand():
-    source = '"""Module."""\nclass A:\n    "Class."\n    def f(self):\n        "Method.\n\n        More."\n\n\ndef g():\n    return "no"\n'
-    source = source.replace('"Method.\n\n        More."', '"""Method.\n\n        More."""')
+    source = '"""Module."""\nclass A:\n    "Class."\n    def f(self):\n'
+    source += '        """Method.\n\n        More."""\n\ndef g():\n    return "no"\n'
     assert docstrings(source) == "Module.\n\nA: Class.\n\nf: Method.\n\nMore."
     assert docstrings("x = 1\n") == "" and docstrings("def (:\n") == ""
 

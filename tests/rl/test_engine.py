@@ -16,6 +16,9 @@ from r1mega.rl.engine.inprocess import draw
 from r1mega.testing.contracts import check_engine, checkpoint_tensors
 
 EOS = 3
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0}
+YARN |= {"mscale_all_dim": 1.0, "rope_theta": 10000.0}
+MLP, GATE_BIAS = "model.layers.1.mlp", "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
 def config(**changes) -> dict:
@@ -43,9 +46,8 @@ def config(**changes) -> dict:
         "max_position_embeddings": 256,
         "num_nextn_predict_layers": 1,
         "initializer_range": 0.2,
-        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
-                         "mscale_all_dim": 1.0, "rope_theta": 10000.0},
-    } | changes  # fmt: skip
+        "rope_scaling": YARN,
+    } | changes
 
 
 def model(hf_config: dict, seed: int = 0) -> DeepseekV3ForCausalLM:
@@ -113,6 +115,28 @@ def test_batching_does_not_change_what_is_drawn():
     assert engine(source, hf_config).generate(PROMPTS * 3, sampling, seed=5) != want
 
 
+def test_threads_decode_batches_side_by_side_and_are_put_back(monkeypatch):
+    hf_config = config()
+    made = engine(model(hf_config), hf_config)
+    sampling, before, seen = SamplingConfig(1.0, 30), torch.get_num_threads(), []
+    decode = made._decode
+    monkeypatch.setattr(
+        made,
+        "_decode",
+        lambda prompts, rows, *rest: seen.append((len(rows), torch.get_num_threads())) or decode(prompts, rows, *rest),
+    )
+    try:
+        torch.set_num_threads(1)
+        want = made.generate(PROMPTS * 8, sampling, seed=4)
+        torch.set_num_threads(2)
+        got = made.generate(PROMPTS * 8, sampling, seed=4)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert [c.token_ids for c in got] == [c.token_ids for c in want]
+    assert seen == [(48, 1), (24, 1), (24, 1)]
+
+
 def test_temperature_zero_takes_the_likeliest_token():
     hf_config = config()
     source = model(hf_config)
@@ -140,9 +164,9 @@ def test_draw_follows_the_distribution():
 
 
 @pytest.mark.parametrize("spoil, says", [
-    (lambda names: names.pop("model.layers.2.mlp.experts.5.up_proj.weight"), "missing model.layers.2.mlp.experts.5.up_proj.weight"),
-    (lambda names: names.pop("model.layers.1.mlp.gate.e_score_correction_bias"), "missing model.layers.1.mlp.gate.e_score_correction_bias"),
-    (lambda names: names.update({"model.layers.1.mlp.experts.8.up_proj.weight": torch.zeros(16, 32)}), "unknown model.layers.1.mlp.experts.8.up_proj"),
+    (lambda names: names.pop(f"{MLP}.experts.5.up_proj.weight"), f"missing {MLP}.experts.5.up_proj.weight"),
+    (lambda names: names.pop(GATE_BIAS), f"missing {GATE_BIAS}"),
+    (lambda names: names.update({f"{MLP}.experts.8.up_proj.weight": torch.zeros(16, 32)}), f"unknown {MLP}.experts.8.up_proj"),
     (lambda names: names.update({"model.norm.weight": torch.ones(1)}), r"model.norm.weight is \[32\]; got \[1\]"),
 ])  # fmt: skip
 def test_a_load_that_is_not_complete_is_named_and_leaves_no_usable_weights(spoil, says):

@@ -1,14 +1,16 @@
 """The engine in this process at work: load weights, then decode batches of rows until each has ended; in and out: token ids.
 
-Prefills each distinct prompt once and shares its cache among its responses; removes finished rows from the batch, so that the tail is
-cheap. Which token is drawn depends on the seed, the row's place in the call and its probabilities alone; batching matters only as far
-as it changes the last bits of a probability.
+Prefills each distinct prompt once and shares its cache among its responses; removes finished rows from the batch, so that the tail
+is cheap. Which token is drawn depends on the seed, the row's place in the call and its probabilities alone; batching matters only
+as far as it changes the last bits of a probability.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config
@@ -23,6 +25,8 @@ from r1mega.rl.types import Completion
 
 DRAWN_STEPS = 64
 """Steps whose random numbers are drawn at once."""
+SMALLEST_SHARE = 16
+"""Rows a thread at least, when a batch is shared out to threads."""
 SHRINK_SHARE = 0.1
 """Finished rows are removed when they are more than this share: removing copies the rest of the cache."""
 
@@ -54,7 +58,6 @@ class InProcessEngine:
         weights.load(self.model, named_tensors)
         self.version = version
 
-    @torch.inference_mode()
     def generate(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
         """One response to each prompt, in order; at temperature 0 the likeliest token, with log-probability 0.
 
@@ -67,24 +70,33 @@ class InProcessEngine:
             )
         if not prompts:
             return []
-        longest = max(map(len, prompts)) + sampling.max_new_tokens
-        if min(map(len, prompts)) == 0:
+        lengths, context = [len(prompt) for prompt in prompts], self.model.config.max_position_embeddings
+        if 0 in lengths:
+            raise UserError(f"engine.prompts: at least one token; got an empty prompt at {lengths.index(0)}; add bos")
+        if max(lengths) + sampling.max_new_tokens > context:
             raise UserError(
-                f"engine.prompts: at least one token; got an empty prompt at {next(i for i, p in enumerate(prompts) if not p)}; add bos"
+                f"sampling.max_new_tokens: prompt and response fit max_position_embeddings {context}; "
+                f"got {max(lengths)} + {sampling.max_new_tokens}; lower it or extend the model's context"
             )
-        if longest > self.model.config.max_position_embeddings:
-            raise UserError(
-                f"sampling.max_new_tokens: prompt and response fit max_position_embeddings {self.model.config.max_position_embeddings}; "
-                f"got {longest - sampling.max_new_tokens} + {sampling.max_new_tokens}; lower it or extend the model's context"
-            )
-        by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))  # equal lengths together: less padding, no mask
+        by_length = sorted(range(len(prompts)), key=lengths.__getitem__)  # equal lengths together: less padding, no mask
+        side = self._batches_side_by_side(len(prompts))
+        size = -(-min(self.choice.max_batch, len(prompts)) // side)
+        batches = [by_length[start : start + size] for start in range(0, len(prompts), size)]
         completions: list[Completion | None] = [None] * len(prompts)
-        for start in range(0, len(prompts), self.choice.max_batch):
-            rows = by_length[start : start + self.choice.max_batch]
-            for row, completion in zip(rows, self._decode(prompts, rows, sampling, seed), strict=True):
-                completions[row] = completion
+        with _threads(side) as run:
+            for rows, done in zip(batches, run(lambda rows: self._decode(prompts, rows, sampling, seed), batches), strict=True):
+                for row, completion in zip(rows, done, strict=True):
+                    completions[row] = completion
         return completions
 
+    def _batches_side_by_side(self, num_rows: int) -> int:
+        """Batches decoded at once: on a CPU, one a thread. Threads inside one operation would meet after each, and a small model's
+        operations are too short for that; batches never meet."""
+        if self.device.type != "cpu":
+            return 1
+        return max(1, min(torch.get_num_threads(), num_rows // SMALLEST_SHARE, self.choice.max_batch))
+
+    @torch.inference_mode()
     def _decode(self, prompts: list[list[int]], rows: list[int], sampling: SamplingConfig, seed: int) -> list[Completion]:
         limit = sampling.max_new_tokens
         logits_BV, cache = self._prefill([prompts[row] for row in rows], limit)
@@ -137,6 +149,21 @@ class InProcessEngine:
         shared = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=self.device)
         cache.keep(shared)
         return torch.cat([logits for logits, _ in parts])[shared], cache
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[Callable]:
+    """A ``map`` over ``count`` threads with one intra-op thread each; the builtin, and torch's threads as they are, if it is 1."""
+    if count == 1:
+        yield map
+        return
+    before = torch.get_num_threads()
+    try:
+        # Each thread has its own intra-op setting; the call also stores the default of threads to come, which is put back below.
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(before)
 
 
 def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The engine in this process: transformers' DeepseekV3 with weights handed over in memory. The choice; the work is in ``inprocess``."""
+"""The engine in this process: transformers' DeepseekV3, weights handed over in memory. The choice; ``inprocess`` has the work."""
 
 from __future__ import annotations
 

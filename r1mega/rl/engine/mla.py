@@ -1,4 +1,4 @@
-"""One decoding step of transformers' DeepseekV3 with absorbed latent attention; in: the next token of B rows, out: logits [B, V] fp32.
+"""One decoding step of transformers' DeepseekV3 with absorbed latent attention; in: a token of B rows, out: logits [B, V] fp32.
 
 transformers keeps the latents in its cache and expands the whole cache to keys and values at every step, which costs most of a
 small model's step. Here the expansion moves to the query and the output (DeepSeek-V2 arXiv 2405.04434 2.1.2): with kv_b_proj =

@@ -15,6 +15,7 @@ from r1mega.config.errors import UserError
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 LISTED = 5
+WAY_OUT = "load the model that the config describes"
 
 
 def destinations(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -64,14 +65,10 @@ def load(model: torch.nn.Module, named_tensors: Iterable[tuple[str, torch.Tensor
             if name not in missing:
                 raise UserError(f"engine.load_weights: each tensor comes once; got {name} twice; check the name table")
             if place.shape != tensor.shape:
-                raise UserError(
-                    f"engine.load_weights: {name} is {list(place.shape)}; got {list(tensor.shape)}; load the model that the config describes"
-                )
+                raise UserError(f"engine.load_weights: {name} is {list(place.shape)}; got {list(tensor.shape)}; {WAY_OUT}")
             place.copy_(tensor)
             missing.remove(name)
     for what, names in (("unknown", sorted(unknown)), ("missing", sorted(missing))):
         if names:
             listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
-            raise UserError(
-                f"engine.load_weights: every tensor of the config and no other; got {what} {listed}; load the model that the config describes"
-            )
+            raise UserError(f"engine.load_weights: every tensor of the config and no other; got {what} {listed}; {WAY_OUT}")

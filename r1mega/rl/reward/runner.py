@@ -62,7 +62,7 @@ class RewardRunner:
         """
         if len(problems) != len(responses):
             raise UserError(
-                f"reward: one problem a response; got {len(problems)} and {len(responses)}; repeat a problem for each of its responses"
+                f"reward: one problem a response; got {len(problems)} and {len(responses)}; repeat the problem of a group"
             )
         if not self._workers:
             raise UserError("reward: the runner is closed; got a call of score; make a new one")

@@ -62,7 +62,7 @@ def main(request_fd: int, report_fd: int, parent: int) -> None:
 
 
 def serve(calls: list, rewards: list, warmed: set[str], report) -> None:
-    """Run (reward index, problem, response) after (reward index, problem, response), one report each: value and seconds, or failure."""
+    """Run (reward index, problem, response) after (reward index, problem, response), a report each."""
     for idx, (_, problem, _) in enumerate(calls):
         if problem.source not in warmed:
             warmed.add(problem.source)
