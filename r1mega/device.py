@@ -58,17 +58,28 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+_chosen: Device | None = None
+
+
+def allocation_device() -> torch.device:
+    """The device that :func:`open_device` chose last, for modules that allocate before they are moved; the CPU before that."""
+    return torch.device("cpu") if _chosen is None else _chosen.torch_device
+
+
 def open_device(config: DeviceConfig) -> Device:
     """Choose the device and set threads and number modes. Raises UserError where a GPU is asked for and there is none."""
+    global _chosen
     if config.kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError("device.kind: torch sees no GPU; got cuda; use device=cpu or install a CUDA build of torch")
         index = local_rank() % torch.cuda.device_count()
         torch.cuda.set_device(index)
-        return Device("cuda", torch.device("cuda", index), "nccl")
+        _chosen = Device("cuda", torch.device("cuda", index), "nccl")
+        return _chosen
     threads = config.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
-    return Device("cpu", torch.device("cpu"), "gloo")
+    _chosen = Device("cpu", torch.device("cpu"), "gloo")
+    return _chosen
 
 
 def peak_tflops(device: Device, dtype: torch.dtype) -> float:

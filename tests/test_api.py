@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import yaml
@@ -112,3 +114,13 @@ def test_a_ready_config_does_not_start_ranks(stub) -> None:
     config = compose("export", ["checkpoint=given", "launch.processes=2"])
     with pytest.raises(UserError, match="^launch.processes: 1 for a ready config"):
         api.run("export", config)
+
+
+def test_every_command_names_a_function_that_exists() -> None:
+    """Read, not imported: the functions' rooms are heavy."""
+    for name, entry in api.COMMANDS.items():
+        module, _, function = entry.target.partition(":")
+        path = Path(api.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        assert function in found, f"{name}: {entry.target}"

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 
+from r1mega.compat.megatron_meta import on_meta
 from r1mega.config.model import ModelConfig
 from r1mega.config.run import ParallelConfig
 from r1mega.model.layers import CoreAttention, GroupedExperts, LatentRMSNorm, RMSNorm
@@ -164,19 +165,20 @@ def build_model(model: ModelConfig, config: MLATransformerConfig) -> GPTModel:
         # the MTP block is a MoE layer like the last one, wherever the first-k dense layers lie
         spec = _layer(config, moe=model.num_layers > model.first_k_dense)
         mtp = get_gpt_mtp_block_spec_for_backend(config, spec, _OurNorms(), pp_rank=stage)
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=block,
-        vocab_size=model.vocab_size,
-        max_sequence_length=model.max_position_embeddings,
-        pre_process=stage == 0,
-        post_process=stage == stages - 1,
-        parallel_output=True,
-        share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="none",
-        mtp_block_spec=mtp,
-        pg_collection=groups,
-    )
+    with on_meta() if config.init_model_with_meta_device else contextlib.nullcontext():
+        return GPTModel(
+            config=config,
+            transformer_layer_spec=block,
+            vocab_size=model.vocab_size,
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="none",
+            mtp_block_spec=mtp,
+            pg_collection=groups,
+        )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from r1mega.device import allocation_device
+
 LATENT_NORM_EPS = 1e-6
 """Epsilon of the norms on the query and key/value latents: fixed in DeepSeek's and transformers' code, whatever the model's own."""
 
@@ -84,7 +86,7 @@ class GroupedExperts(MegatronModule):
         self.expert_parallel_group = pg_collection.ep
         self.expert_data_group = pg_collection.expt_dp
         width, hidden = config.moe_ffn_hidden_size, config.hidden_size
-        device = "meta" if config.init_model_with_meta_device else torch.cuda.current_device() if torch.cuda.is_available() else None
+        device = "meta" if config.init_model_with_meta_device else allocation_device()
         shapes = {"weight1": (num_local_experts, 2 * width, hidden), "weight2": (num_local_experts, hidden, width)}
         inits = {"weight1": config.init_method, "weight2": config.output_layer_init_method}
         for name, shape in shapes.items():

@@ -1,0 +1,76 @@
+"""Runs a function as N ranks on this machine: processes of their own, one thread each, joined through a free port.
+
+In: an importable module-level function, a number of ranks, arguments that pickle. Out: what each rank returned, in rank order, or
+:class:`RankError` with the traceback of the rank that failed first; the others are ended. A deadline ends everything.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import os
+import pickle
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from r1mega.launch.local import LaunchError, start_ranks
+
+CALL = "call.pickle"
+
+
+class RankError(RuntimeError):
+    """A rank failed or was too slow. ``rank``: which; the text ends with its traceback."""
+
+    def __init__(self, function: str, rank: int, world_size: int, story: str):
+        super().__init__(f"{function}: rank {rank} of {world_size} failed\n{story}")
+        self.rank = rank
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
+    """``function(*args)`` in ``world_size`` processes, whose environment is torchrun's; what each returned, in rank order.
+
+    Starting costs a few seconds a rank, so let one function try many cases. ``timeout_seconds``: of the whole; a rank that is
+    still at work then shows where it stands. Raises RankError, and ValueError for a function that a fresh process cannot import.
+    """
+    name = f"{function.__module__}:{function.__qualname__}"
+    if function.__module__ == "__main__" or "<" in function.__qualname__:
+        raise ValueError(f"run_ranks: a function at the top of an importable module; got {name}; move it into one")
+    with tempfile.TemporaryDirectory(prefix="ranks-") as place:
+        folder = Path(place)
+        (folder / CALL).write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
+        env = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+        try:
+            start_ranks(["-m", __name__, place, str(timeout_seconds)], world_size, env=env)
+        except LaunchError as error:
+            story = folder / f"{error.rank}.txt"
+            told = story.read_text() if story.is_file() else ""
+            raise RankError(name, error.rank, world_size, told or f"exit status {error.status}") from None
+        return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(world_size)]
+
+
+def main(place: str, timeout_seconds: str) -> int:
+    """One rank's part: call, and leave the result or the traceback in the folder ``place``. Returns the exit status."""
+    folder, rank = Path(place), os.environ["RANK"]
+    module, name, args = pickle.loads((folder / CALL).read_bytes())
+    with (folder / f"{rank}.txt").open("w") as story:
+        faulthandler.dump_traceback_later(float(timeout_seconds), exit=True, file=story)  # ends the process with status 1
+        try:
+            result = getattr(importlib.import_module(module), name)(*args)
+            (folder / f"{rank}.pickle").write_bytes(pickle.dumps(result))
+        except BaseException:
+            story.write(traceback.format_exc())
+            return 1
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    return 0
+
+
+if __name__ == "__main__":
+    status = main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # a process group that waits for a dead peer would hold up a normal exit
