@@ -10,7 +10,10 @@
 #                make quickstart TORCH="torch==2.13.0 --index-url ADDRESS"
 #            Any torch from 2.11 on works (a wheel file's path too). It is installed first and what follows leaves it alone.
 
+# PROCESSES is how many processes the quickstart starts, one CPU thread each: 1, 2, 4 or 8.
+
 TORCH ?= torch==2.13.0
+PROCESSES ?= 2
 PYTHON ?= $(shell for python in python3.11 python3.12; do if $$python -c "" 2>/dev/null; then echo $$python; break; fi; done)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +32,7 @@ $(VENV)/.complete: pyproject.toml setup.py
 	@touch $@
 
 quickstart: .venv
-	$(BIN)/r1mega recipe recipe=quickstart
+	$(BIN)/r1mega recipe recipe=quickstart launch.processes=$(PROCESSES)
 
 test: .venv
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"

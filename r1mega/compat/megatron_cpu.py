@@ -5,6 +5,8 @@
 | ``torch`` in Megatron's modules is a copy whose ``cuda`` answers for the CPU | "Torch not compiled with CUDA enabled" from ``torch.cuda.current_device``, rng, streams, and from ``device="cuda"`` in factory calls | all of megatron.core | Megatron asks an accelerator object |
 | type names in the optimizers' code | ``TypeError: Wrapped parameters must be one of torch.cuda.FloatTensor ...`` | ``optimizer.py``, ``distrib_optimizer.py``, ``clip_grads.py`` | they compare dtypes |
 | the rng tracker's logger is set to errors | "CPU RNG state changed within GPU RNG context" for each weight: there is one generator here | ``tensor_parallel/random.py`` | as the first |
+| split sizes of the token dispatcher become numpy arrays here too | ``TypeError: all_to_all_single(): incompatible function arguments`` with more than one expert or tensor rank: sizes that are on the CPU already stay tensors | ``moe/token_dispatcher.py`` | ``maybe_move_tensor_to_cpu`` converts whatever it is given |
+| ``weight.data.cuda()`` is ``weight.data.cpu()`` | "Torch not compiled with CUDA enabled" where embedding and head lie on two pipeline stages and share a weight (MTP, tied head) | ``language_module.py`` | as the first |
 | functions under ``jit_fuser`` are unwrapped | torch.compile of each small function at its first call (tens of seconds) | router, activations, fusions | Megatron reads a switch at call time |
 
 Versions: megatron-core 0.16.1, torch 2.11 to 2.13. On a CUDA device nothing is applied.
@@ -125,6 +127,11 @@ def apply() -> int:
         logging.getLogger(random.__name__).setLevel(logging.ERROR)
         random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         random._set_cuda_rng_state = lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
+        dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+        dispatcher.maybe_move_tensor_to_cpu = _as_numpy
+        shared = importlib.import_module("megatron.core.models.common.language_module.language_module").LanguageModule
+        setup = shared.setup_embeddings_and_output_layer
+        setup.__code__ = setup.__code__.replace(co_names=tuple({"cuda": "cpu"}.get(name, name) for name in setup.__code__.co_names))
     bent = 0
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "__dict__", {}).get("torch") is torch:
@@ -132,6 +139,11 @@ def apply() -> int:
             _unwrap_compiled(module)
             bent += 1
     return bent
+
+
+def _as_numpy(tensor, as_numpy: bool = False, record_stream: bool = False):
+    """Megatron's ``maybe_move_tensor_to_cpu`` for what is on the CPU: there is only the form to change."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _unwrap_compiled(module: types.ModuleType) -> None:

@@ -81,6 +81,12 @@ class Mesh:
             dist.all_reduce(values, group=self.data_group())
         return values
 
+    def sum_everywhere(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place; any shape."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
     def max(self, values: torch.Tensor) -> torch.Tensor:
         """Maximum over the data axis, in place; any shape."""
         if self.data_size > 1:
@@ -107,10 +113,11 @@ def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, se
     Raises UserError when the degrees do not divide the world, or when this process already holds a mesh of other degrees.
     """
     global _open
-    from r1mega.compat import megatron_adam, megatron_plain
+    from r1mega.compat import megatron_adam, megatron_plain, megatron_tensor
 
     megatron_plain.apply()
     megatron_adam.apply()
+    megatron_tensor.apply()
     from megatron.core import parallel_state, tensor_parallel
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -123,10 +130,7 @@ def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, se
     if _open is None:
         if not dist.is_initialized():
             timeout = datetime.timedelta(seconds=launch.timeout_seconds)
-            if world == 1 and "MASTER_ADDR" not in os.environ:
-                dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-            else:
-                dist.init_process_group(device.backend, rank=rank, world_size=world, timeout=timeout)
+            dist.init_process_group(device.backend, store=_meeting_place(rank, world, timeout), rank=rank, world_size=world, timeout=timeout)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
@@ -150,6 +154,21 @@ def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, se
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
     return _open
+
+
+_store: dist.Store | None = None
+_meetings = 0
+
+
+def _meeting_place(rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:
+    """Where ranks find each other. One store a process, as its port is taken once; each mesh has its own names in it."""
+    global _store, _meetings
+    if _store is None:
+        alone = world == 1 and "MASTER_ADDR" not in os.environ
+        _store = dist.HashStore() if alone else next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
+        _store.set_timeout(timeout)
+    _meetings += 1
+    return dist.PrefixStore(f"mesh-{_meetings}", _store)
 
 
 def close_mesh() -> None:

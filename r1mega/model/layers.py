@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
@@ -59,6 +61,11 @@ class CoreAttention(MegatronModule):
     def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, packed_seq_params=None, **_):
         if packed_seq_params is not None:
             raise NotImplementedError("model: packed samples come with an attention mask; got packed_seq_params; pass segment ids")
+        if self.config.tensor_model_parallel_size > 1:
+            # All heads share the rotary key. Megatron's plain path leaves its gradient at the part of this rank's heads; sum it.
+            rotary = self.config.qk_pos_emb_head_dim
+            own, shared = key.split([key.shape[-1] - rotary, rotary], dim=-1)
+            key = torch.cat([own, copy_to_tensor_model_parallel_region(shared)], dim=-1)
         value_dim = value.shape[-1]
         if value.device.type == "cpu":  # torch's fused kernel for the CPU wants one width; without it the scores are materialised
             value = F.pad(value, (0, query.shape[-1] - value_dim))
@@ -94,7 +101,11 @@ class GroupedExperts(MegatronModule):
             if config.perform_initialization and not weight.is_meta:
                 for expert in weight.data:
                     inits[name](expert)
-            weight.allreduce = config.expert_model_parallel_size == 1  # Megatron: False is reduced over the expert-data axis alone
+            # Megatron: reduced over the expert-data axis, which is not the data axis where experts or the tensor axis cut the tokens.
+            # The same in every layout, so that the optimizer has the same parts in every layout and checkpoints move between them.
+            weight.allreduce = False
+            # No two ranks hold the same shard of an expert's gradient, tensor ranks included: all count in the gradient's norm.
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
             self.register_parameter(name, weight)
 
     def forward(self, rows_RD: torch.Tensor, tokens_per_expert: torch.Tensor, probs_R: torch.Tensor):

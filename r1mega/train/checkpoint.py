@@ -27,7 +27,11 @@ from r1mega.config.model import ModelConfig, YarnConfig
 from r1mega.train.trainee import Trainee
 
 MANIFEST = "manifest.json"
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,  # moments are named after their weights, whichever part of the optimizer holds them
+}
 
 
 @dataclass
@@ -161,13 +165,16 @@ def verify(path: Path) -> None:
 
 
 def _sharded(trainee: Trainee, *, loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
-    model = trainee.module.sharded_state_dict()
+    from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+    metadata = ensure_metadata_has_dp_cp_group(None)
+    model = trainee.module.sharded_state_dict(metadata=metadata)
     sharded: dict[str, Any] = {"model": model}
     if with_optimizer and trainee.optimizer is not None:
         if loading:
             trainee.allocate_moments()
         sharded["optimizer"] = trainee.optimizer.sharded_state_dict(
-            trainee.module.sharded_state_dict(), is_loading=loading, metadata=SHARDING
+            trainee.module.sharded_state_dict(metadata=metadata), is_loading=loading, metadata=SHARDING
         )
     return sharded
 

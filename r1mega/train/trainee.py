@@ -175,15 +175,18 @@ class Trainee:
         return (counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1)).tolist()
 
     def _side_losses(self, num_microbatches: int) -> tuple[float, float]:
-        """Sequence-balance loss (sum over layers, without its coefficient) and MTP loss, from Megatron's trackers, which are emptied."""
+        """Sequence-balance loss (sum over layers, without its coefficient) and MTP loss, over all ranks, from Megatron's trackers, which are emptied."""
         from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
         from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-        tracker = get_moe_layer_wise_logging_tracker()
-        aux = sum(float(entry["values"].sum()) for entry in tracker.values()) / num_microbatches
+        aux = sum(float(entry["values"].sum()) for entry in get_moe_layer_wise_logging_tracker().values())
         clear_aux_losses_tracker()
         mtp = 0.0
         if "values" in MTPLossLoggingHelper.tracker:
-            mtp = float(MTPLossLoggingHelper.tracker["values"].mean()) / num_microbatches
+            mtp = float(MTPLossLoggingHelper.tracker["values"].mean())
             MTPLossLoggingHelper.clean_loss_in_tracker()
-        return aux, mtp
+        # a tensor or context rank holds its part of the balance loss, and the whole MTP loss of its own tokens
+        mesh, parallel = self.mesh, self.mesh.parallel
+        both = mesh.sum_everywhere(torch.tensor([aux, mtp], dtype=torch.float64, device=mesh.device.torch_device))
+        aux, mtp = (both / (num_microbatches * mesh.data_size)).tolist()
+        return aux, mtp / (parallel.tensor * parallel.context)

@@ -1,0 +1,62 @@
+"""The examples run as a user runs them, into a folder of the test, and leave what their README says. Quality is not judged here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_example(name: str, *arguments: Path) -> str:
+    """Run ``examples/NAME/run.sh`` from the repository's root; returns its standard output."""
+    env = {**os.environ, "R1MEGA": f"{sys.executable} -m r1mega", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    script = ROOT / "examples" / name / "run.sh"
+    done = subprocess.run([str(script), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_pretrain_your_text_leaves_a_model_that_stock_transformers_loads(tmp_path) -> None:
+    said = run_example("pretrain_your_text", tmp_path / "out")
+    lines = metrics(tmp_path / "out" / "pretrain")
+    assert lines[-1]["step"] == 100 and lines[-1]["lm_loss"] < 0.5 * lines[0]["lm_loss"]
+    assert [line["step"] for line in lines if "valid_loss" in line] == [20, 40, 60, 80, 100]
+    assert (tmp_path / "out" / "pretrain" / "checkpoints" / "step-00000100" / "manifest.json").is_file()
+    assert said.strip().splitlines()[-1] == "(cut off at sampling.max_new_tokens=40)"
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    ids = tokenizer("The bread", return_tensors="pt").input_ids
+    assert model(ids).logits.shape == (1, ids.shape[1], 400)
+
+
+def test_rl_your_jsonl_trains_on_the_files_problems_and_judges_the_held_out_ones(tmp_path) -> None:
+    run_example("rl_your_jsonl", tmp_path / "out")
+    given = (ROOT / "examples" / "rl_your_jsonl" / "problems.jsonl").read_text().splitlines()
+    parts = {
+        part: [json.loads(line)["question"] for line in (tmp_path / "out" / "data" / "problems" / f"{part}.jsonl").open()]
+        for part in ("train", "test")
+    }
+    assert len(parts["test"]) == 20 and not set(parts["test"]) & set(parts["train"])
+    assert sorted(parts["train"] + parts["test"]) == sorted(json.loads(line)["question"] for line in given)
+
+    rollouts = metrics(tmp_path / "out" / "rl")
+    assert [line["rollout"] for line in rollouts] == list(range(1, 11))
+    assert all(line["rollout_diff_max"] < 1e-4 for line in rollouts)
+    assert max(line["reward_std"] for line in rollouts) > 0, "no group differed: there was nothing to learn from"
+
+    judged = json.loads((tmp_path / "out" / "eval" / "eval.json").read_text())
+    assert (judged["num_problems"], judged["samples"]) == (20, 4)
+    assert {example["question"] for example in judged["examples"]} == set(parts["test"])
