@@ -18,6 +18,7 @@ from typing import Any
 from r1mega.config import rules
 from r1mega.config.errors import UserError
 from r1mega.config.paths import check_paths
+from r1mega.config.rl import ProblemDataConfig
 from r1mega.config.run import ComputeConfig
 from r1mega.config.schema import schema
 
@@ -77,6 +78,7 @@ def run(command: str, overrides: Iterable[str] | Any = ()) -> Any:
         config, arguments, choices = made.config, made.overrides, made.choices
     rules.check(config)
     check_paths(config)
+    _check_problems(config)
     entry = COMMANDS[command]
     if isinstance(config, ComputeConfig) and config.launch.processes > 1 and "RANK" not in os.environ:
         return _run_ranks(command, arguments, config.launch.processes)
@@ -90,6 +92,14 @@ def run(command: str, overrides: Iterable[str] | Any = ()) -> Any:
     if is_first and result_file:
         Path(result_file).write_bytes(pickle.dumps(result))
     return result
+
+
+def _check_problems(config: Any) -> None:
+    """Read a problem file, which raises UserError with the number of a bad line, before the command imports torch."""
+    if isinstance(getattr(config, "data", None), ProblemDataConfig):
+        from r1mega.data.problems import load_problems
+
+        load_problems(config.data.problems, limit=config.data.limit)
 
 
 def _run_ranks(command: str, arguments: Iterable[str] | None, processes: int) -> Any:

@@ -121,6 +121,7 @@ def apply() -> int:
 
     if _namespace is None:
         _namespace = _torch_for_cpu()
+        importlib.import_module("megatron.core.fusions.fused_bias_dropout")  # nothing else in Megatron imports it before a model does
         for name in ("clip_grads", "distrib_optimizer", "optimizer"):
             _rename_types(importlib.import_module(f"megatron.core.optimizer.{name}"))
         # the tracker's own accessors go around torch.cuda to the driver
