@@ -23,7 +23,20 @@ from collections.abc import Callable
 
 import torch
 
-FACTORIES = ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "tensor", "zeros", "zeros_like")
+FACTORIES = (
+    "arange",
+    "empty",
+    "empty_like",
+    "full",
+    "full_like",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
 TYPE_NAMES = {
     "torch.cuda.FloatTensor": "torch.FloatTensor",
     "torch.cuda.HalfTensor": "torch.HalfTensor",
@@ -121,7 +134,7 @@ def apply() -> int:
 
     if _namespace is None:
         _namespace = _torch_for_cpu()
-        importlib.import_module("megatron.core.fusions.fused_bias_dropout")  # nothing else in Megatron imports it before a model does
+        importlib.import_module("megatron.core.fusions.fused_bias_dropout")  # otherwise loaded by the first model alone
         for name in ("clip_grads", "distrib_optimizer", "optimizer"):
             _rename_types(importlib.import_module(f"megatron.core.optimizer.{name}"))
         # the tracker's own accessors go around torch.cuda to the driver
@@ -149,7 +162,9 @@ def _as_numpy(tensor, as_numpy: bool = False, record_stream: bool = False):
 
 def _unwrap_compiled(module: types.ModuleType) -> None:
     """Put the plain functions back where ``jit_fuser`` left torch.compile's wrappers."""
-    owners = [module] + [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    owners = [module] + [
+        value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
+    ]
     for owner in owners:
         for name, value in list(vars(owner).items()):
             plain = getattr(value, "_torchdynamo_orig_callable", None)
@@ -159,7 +174,9 @@ def _unwrap_compiled(module: types.ModuleType) -> None:
 
 def _rename_types(module: types.ModuleType) -> None:
     """Give a module's functions the CPU's names of the tensor types that they compare with."""
-    owners = [module] + [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    owners = [module] + [
+        value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
+    ]
     for value in [value for owner in owners for value in vars(owner).values()]:
         function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
         function = getattr(function, "__wrapped__", function)

@@ -26,9 +26,17 @@ from r1mega.config.train import TUNABLE_MODEL_FIELDS, OptimConfig, PretrainConfi
 
 def check(config: Any) -> None:
     """Raise UserError, one line a broken rule of ``config``; rules across sections wait until each field is right."""
-    found = list(field_violations(config)) or list(cross_violations(config))
+    found = list(field_violations(config)) or list(cross_violations(config)) or list(_not_there_yet(config))
     if found:
         raise UserError("\n".join(map(str, found)))
+
+
+def _not_there_yet(config: Any) -> Iterator[Violation]:
+    """Degrees that Megatron-Core has and this trainer does not serve yet."""
+    for axis in ("pipeline", "context") if isinstance(config, ComputeConfig) else ():
+        degree, key = getattr(config.parallel, axis), f"parallel.{axis}"
+        if degree > 1:
+            yield Violation(key, "1: the trainer does not serve this axis yet", degree, ((key, (1,)),), "and more data ranks")
 
 
 def world_size(config: ComputeConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from typing import Any
 
 from r1mega.config.errors import UserError
@@ -26,11 +27,18 @@ def chat(config: ChatConfig) -> dict[str, Any]:
     text = ""
     for number, question in enumerate(_questions(config.prompt)):
         seed = random.Random(f"{config.seed}:chat:{number}").getrandbits(62)
-        completion = engine.generate([encode_prompt(tokenizer, question)], config.sampling, seed)[0]
+        prompt = encode_prompt(tokenizer, question)
+        room = policy.model_config.max_position_embeddings - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"question: it fits the model's {policy.model_config.max_position_embeddings} tokens; got {len(prompt)}; shorten it"
+            )
+        sampling = replace(config.sampling, max_new_tokens=min(config.sampling.max_new_tokens, room))
+        completion = engine.generate([prompt], sampling, seed)[0]
         text = tokenizer.decode(completion.token_ids)
         print(_shown(text, sys.stdout.isatty()), flush=True)
         if completion.finish_reason == "length":
-            print(f"(cut off at sampling.max_new_tokens={config.sampling.max_new_tokens})", flush=True)
+            print(f"(cut off after {sampling.max_new_tokens} tokens: sampling.max_new_tokens, or the model's context)", flush=True)
     return {"text": text}
 
 

@@ -1,7 +1,7 @@
 """``r1mega eval``: pass@1 over k samples a problem, with its standard error; also keeps correct responses (rejection sampling).
 
 pass@1 is the mean over problems of the share of correct samples (R1 3.7); the standard error is that of this mean over problems.
-Ranks share the problems; the result does not depend on how many there are.
+Ranks share the problems. What is drawn depends on the seed, on ``batch_prompts`` and on how many ranks there are, on nothing else.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def summarise(entries: list[dict[str, Any]], config: EvalConfig) -> dict[str, An
 
 
 def keep_correct(entries: list[dict[str, Any]], problems: list[Problem], target: Path, per_problem: int, seed: int) -> int:
-    """Rejection sampling (R1 2.3.3): write distinct correct, well-formed responses as JSONL for ``prepare sft_from``; their number."""
+    """Rejection sampling (R1 2.3.3): distinct correct, well-formed responses as JSONL for ``prepare sft_from``; their number."""
     target.parent.mkdir(parents=True, exist_ok=True)
     kept = 0
     with target.open("w") as file:

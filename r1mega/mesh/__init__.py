@@ -87,6 +87,14 @@ class Mesh:
             dist.all_reduce(values)
         return values
 
+    def sum_stage(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks that see tokens of this pipeline stage (data, context, tensor), in place; any shape."""
+        if self.world_size > 1:
+            from megatron.core import parallel_state
+
+            dist.all_reduce(values, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+        return values
+
     def max(self, values: torch.Tensor) -> torch.Tensor:
         """Maximum over the data axis, in place; any shape."""
         if self.data_size > 1:
@@ -113,11 +121,12 @@ def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, se
     Raises UserError when the degrees do not divide the world, or when this process already holds a mesh of other degrees.
     """
     global _open
-    from r1mega.compat import megatron_adam, megatron_plain, megatron_tensor
+    from r1mega.compat import megatron_adam, megatron_balance, megatron_plain, megatron_tensor
 
     megatron_plain.apply()
     megatron_adam.apply()
     megatron_tensor.apply()
+    megatron_balance.apply()
     from megatron.core import parallel_state, tensor_parallel
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -130,7 +139,8 @@ def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, se
     if _open is None:
         if not dist.is_initialized():
             timeout = datetime.timedelta(seconds=launch.timeout_seconds)
-            dist.init_process_group(device.backend, store=_meeting_place(rank, world, timeout), rank=rank, world_size=world, timeout=timeout)
+            store = _meeting_place(rank, world, timeout)
+            dist.init_process_group(device.backend, store=store, rank=rank, world_size=world, timeout=timeout)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -25,8 +26,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
 
 from r1mega.compat.megatron_meta import on_meta
 from r1mega.config.model import ModelConfig
@@ -194,5 +193,7 @@ def without_mtp(model: GPTModel) -> Iterator[None]:
 
 def count_parameters(model: torch.nn.Module, *, mtp: bool = False) -> int:
     """Parameters plus expert biases (which are buffers); the MTP block's own only when asked for."""
-    named = list(model.named_parameters()) + [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("expert_bias")]
+    named = list(model.named_parameters()) + [
+        (name, buffer) for name, buffer in model.named_buffers() if name.endswith("expert_bias")
+    ]
     return sum(tensor.numel() for name, tensor in named if mtp or not name.startswith("mtp."))

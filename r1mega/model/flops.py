@@ -12,11 +12,7 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """
     head_dim = model.qk_nope_head_dim + model.qk_rope_head_dim
     hidden, heads = model.hidden_size, model.num_heads
-    query = (
-        hidden * heads * head_dim
-        if model.q_lora_rank is None
-        else model.q_lora_rank * (hidden + heads * head_dim)
-    )
+    query = hidden * heads * head_dim if model.q_lora_rank is None else model.q_lora_rank * (hidden + heads * head_dim)
     latent = hidden * (model.kv_lora_rank + model.qk_rope_head_dim)
     key_value = model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
     attention = query + latent + key_value + heads * model.v_head_dim * hidden

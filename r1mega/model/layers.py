@@ -101,7 +101,7 @@ class GroupedExperts(MegatronModule):
             if config.perform_initialization and not weight.is_meta:
                 for expert in weight.data:
                     inits[name](expert)
-            # Megatron: reduced over the expert-data axis, which is not the data axis where experts or the tensor axis cut the tokens.
+            # Megatron: reduced over the expert-data axis, not the data axis where experts or tensor ranks cut the tokens.
             # The same in every layout, so that the optimizer has the same parts in every layout and checkpoints move between them.
             weight.allreduce = False
             # No two ranks hold the same shard of an expert's gradient, tensor ranks included: all count in the gradient's norm.

@@ -134,10 +134,12 @@ def hf_config(model: ModelConfig, *, bos_id: int | None, eos_id: int | None, pad
     gate (that is DeepseekV2) and a group score over another number of experts than two.
     """
     if model.score_function != "sigmoid":
-        raise UserError("model.score_function: DeepseekV3ForCausalLM has a sigmoid gate; got softmax; export it as DeepseekV2 (not there yet)")
+        raise UserError(
+            "model.score_function: DeepseekV3ForCausalLM has a sigmoid gate; got softmax; export it as DeepseekV2 (not there yet)"
+        )
     if model.num_groups > 1 and model.top_k != 2 * model.topk_groups:
         raise UserError(
-            "model.topk_groups: Megatron scores a group by its best top_k / topk_groups experts, the published model by its best 2; "
+            "model.topk_groups: Megatron scores a group by its best top_k / topk_groups experts, the published model by 2; "
             f"got {model.top_k} / {model.topk_groups}; use topk_groups={model.top_k // 2}, or one group"
         )
     if model.top_k > 1 and not model.norm_topk_prob:

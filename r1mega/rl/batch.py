@@ -32,7 +32,7 @@ class RolloutRow:
 
 @dataclass
 class RolloutBatch:
-    """One microbatch. ``tokens_BS, targets_BS`` int64; ``mask_BS`` bool; ``rollout_BS, old_BS, ref_BS`` float32; ``advantage_B``."""
+    """One microbatch: ``tokens_BS, targets_BS`` int64, ``mask_BS`` bool, ``rollout_BS, old_BS, ref_BS, advantage_B`` float32."""
 
     rows: list[RolloutRow]
     tokens_BS: torch.Tensor

@@ -195,7 +195,7 @@ def _check_same_model(wanted: ModelConfig, found: ModelConfig, source: Path) -> 
     differing = [f"{key} {right[key]} (model.{key}={left[key]})" for key in left if key not in free and left[key] != right[key]]
     if differing:
         raise UserError(
-            f"checkpoint {source}: it is of the run's architecture; got {', '.join(differing)}; use its own model or another run name"
+            f"checkpoint {source}: it has the run's architecture; got {', '.join(differing)}; use its model or another run name"
         )
 
 

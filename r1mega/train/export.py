@@ -26,7 +26,9 @@ from r1mega.train.sft import tokenizer_of
 def export(config: ExportConfig) -> dict[str, Any]:
     """Write ``config.target``; returns target, number of tensors and parameters. The folder appears whole or not at all."""
     if config.parallel != ParallelConfig():
-        raise UserError("parallel: export loads the whole model on each rank, whatever layout wrote it; got other degrees than 1; use 1")
+        raise UserError(
+            "parallel: export loads the whole model on each rank, whatever layout wrote it; got other degrees than 1; use 1"
+        )
     mesh = open_mesh(open_device(config.device), config.parallel, config.launch, config.seed)
     source = checkpoint.resolve(config.checkpoint)
     policy = Policy(checkpoint.read_model(source), None, mesh, config.precision.dtype)
@@ -42,7 +44,9 @@ def export(config: ExportConfig) -> dict[str, Any]:
     return mesh.broadcast_object(result)
 
 
-def _write(target: Path, policy: Policy, described: dict[str, Any], dtype: torch.dtype, shard_bytes: int, tokenizer: Path) -> dict[str, int]:
+def _write(
+    target: Path, policy: Policy, described: dict[str, Any], dtype: torch.dtype, shard_bytes: int, tokenizer: Path
+) -> dict[str, int]:
     from safetensors.torch import save_file
 
     aside = target.with_name(f".{target.name}.tmp")
@@ -68,7 +72,9 @@ def _write(target: Path, policy: Policy, described: dict[str, Any], dtype: torch
         (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (aside / "config.json").write_text(json.dumps(described, indent=1) + "\n")
     ends = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (aside / "generation_config.json").write_text(json.dumps({**ends, "do_sample": True, "temperature": 0.6, "top_p": 0.95}, indent=1))
+    (aside / "generation_config.json").write_text(
+        json.dumps({**ends, "do_sample": True, "temperature": 0.6, "top_p": 0.95}, indent=1)
+    )
     copy_tokenizer(tokenizer, aside)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)

@@ -168,12 +168,15 @@ class _Run:
     def _validate(self) -> float:
         data, trainer, mesh = self.config.data, self.trainer, self.mesh
         batches = validation_batches(
-            data.valid, data.sequence_length, trainer.global_batch_size, trainer.valid_batches, rank=mesh.data_rank, world=mesh.data_size
+            data.valid,
+            data.sequence_length,
+            trainer.global_batch_size,
+            trainer.valid_batches,
+            rank=mesh.data_rank,
+            world=mesh.data_size,
         )
         parts = [
-            part
-            for batch in batches
-            for part in tensors(batch, trainer.micro_batch_size, mesh.device.torch_device, segments=True)
+            part for batch in batches for part in tensors(batch, trainer.micro_batch_size, mesh.device.torch_device, segments=True)
         ]
         return self.trainee.evaluate(parts, token_losses, masked_sum)[0]
 
@@ -181,7 +184,12 @@ class _Run:
         self.state.cursor = self.source.loader.state_dict()
         self.state.extra = {"valid_loss": self.valid_loss, "seconds": self.seconds}
         checkpoint.save(
-            self.trainee, self.state, self.checkpoints, keep_last=self.trainer.keep_last, tokenizer=self.source.tokenizer, parent=self.parent
+            self.trainee,
+            self.state,
+            self.checkpoints,
+            keep_last=self.trainer.keep_last,
+            tokenizer=self.source.tokenizer,
+            parent=self.parent,
         )
 
     def finish(self) -> dict[str, Any]:

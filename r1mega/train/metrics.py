@@ -22,8 +22,9 @@ class Metrics:
         from tqdm import tqdm
 
         path = folder / "metrics.jsonl"
-        kept = _lines_before(path, key, done)
-        path.write_text("".join(kept))
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(_lines_before(path, key, done)))
+        aside.replace(path)
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
         self._bar = tqdm(total=total, initial=done, unit=key, dynamic_ncols=True, mininterval=1.0, desc=folder.name)
@@ -37,7 +38,9 @@ class Metrics:
         for name, value in values.items():
             if isinstance(value, int | float) and name != self.key:
                 self._board.add_scalar(name, value, values[self.key])
-        shown = {name: f"{values[name]:.3g}" for name in ("loss", "reward", "accuracy", "tokens_per_second", "mfu") if name in values}
+        shown = {
+            name: f"{values[name]:.3g}" for name in ("loss", "reward", "accuracy", "tokens_per_second", "mfu") if name in values
+        }
         self._bar.set_postfix(shown, refresh=False)
 
     def advance(self, count: int = 1) -> None:

@@ -48,7 +48,10 @@ class Policy:
             return [read(logits(self._trainee.model, batch.tokens_BS), batch) for batch in batches]
 
     def update(
-        self, batches: Sequence[HasTokens], objective: Callable[[torch.Tensor, Any], tuple[torch.Tensor, dict[str, float]]], lr: float
+        self,
+        batches: Sequence[HasTokens],
+        objective: Callable[[torch.Tensor, Any], tuple[torch.Tensor, dict[str, float]]],
+        lr: float,
     ) -> StepResult:
         """One optimizer step on the sum of ``objective(logits_BSV, batch)`` over all microbatches of all ranks.
 

@@ -1,7 +1,7 @@
 """A model under training: Megatron's DDP, distributed optimizer and forward-backward schedule behind three methods.
 
 ``Trainee.step`` takes this rank's microbatches and a loss and makes one optimizer step; pretraining, SFT and RL share it. The loss
-of a microbatch is a sum; gradients are divided by the sum of the microbatches' counts over all ranks, so that no split changes them.
+of a microbatch is a sum; gradients are divided by the sum of the microbatches' counts over all ranks: no split changes them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from r1mega.compat import megatron_balance
 from r1mega.config.model import ModelConfig
 from r1mega.config.train import OptimConfig
 from r1mega.device import DTYPES
@@ -106,9 +107,17 @@ class Trainee:
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Parameters and expert biases by Megatron's names, without gradients."""
         yield from ((name, parameter.detach()) for name, parameter in self.module.named_parameters())
-        yield from ((name, buffer) for name, buffer in self.module.named_buffers() if name.endswith("expert_bias") and buffer is not None)
+        yield from (
+            (name, buffer) for name, buffer in self.module.named_buffers() if name.endswith("expert_bias") and buffer is not None
+        )
 
-    def step(self, microbatches: list[Any], forward: Callable[[torch.nn.Module, Any], Any], loss: Callable[[Any, Any], LossSum], lr: float):
+    def step(
+        self,
+        microbatches: list[Any],
+        forward: Callable[[torch.nn.Module, Any], Any],
+        loss: Callable[[Any, Any], LossSum],
+        lr: float,
+    ):
         """One optimizer step over this rank's microbatches (all of one ``[B, S]``).
 
         ``forward(model, batch)`` gives the model's output; ``loss(output, batch)`` its :data:`LossSum`, on the last stage.
@@ -144,7 +153,9 @@ class Trainee:
 
         def forward_step(iterator, model):
             batch = next(iterator)
-            return forward(model, batch), partial(reduce, batch)
+            mask_BS = getattr(batch, "loss_mask_BS", None)  # without one the loss is one item: the caller has divided by its own
+            with megatron_balance.items(1 if mask_BS is None else int(mask_BS.sum())):
+                return forward(model, batch), partial(reduce, batch)
 
         shape = microbatches[0].tokens_BS.shape
         get_forward_backward_func()(
@@ -157,7 +168,11 @@ class Trainee:
             forward_only=forward_only,
         )
         names = sorted(kept[0][2]) if kept else []
-        sums = [sum(item[0] for item in kept), sum(item[1] for item in kept), *(sum(item[2][name] for item in kept) for name in names)]
+        sums = [
+            sum(item[0] for item in kept),
+            sum(item[1] for item in kept),
+            *(sum(item[2][name] for item in kept) for name in names),
+        ]
         reduced = self.mesh.sum(torch.tensor(sums, dtype=torch.float64, device=self.mesh.device.torch_device))
         values = reduced.tolist()
         return values[0], int(values[1]), dict(zip(names, values[2:], strict=True))
@@ -171,11 +186,14 @@ class Trainee:
     def _take_load(self) -> list[list[float]]:
         if not self._counts:
             return []
-        counts_LE = self.mesh.sum(torch.stack(self._counts).double())
+        counts_LE = self.mesh.sum_stage(torch.stack(self._counts).double())
         return (counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1)).tolist()
 
     def _side_losses(self, num_microbatches: int) -> tuple[float, float]:
-        """Sequence-balance loss (sum over layers, without its coefficient) and MTP loss, over all ranks, from Megatron's trackers, which are emptied."""
+        """Sequence-balance loss (sum over layers, without its coefficient) and MTP loss, over all ranks.
+
+        From Megatron's trackers, which are emptied.
+        """
         from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
         from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 

@@ -56,7 +56,10 @@ def constants(code: types.CodeType) -> set[str]:
 
 @pytest.mark.parametrize(
     "owner, function",
-    [("optimizer", "Float16OptimizerWithFloat16Params.__init__"), ("distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups")],
+    [
+        ("optimizer", "Float16OptimizerWithFloat16Params.__init__"),
+        ("distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups"),
+    ],
 )
 def test_optimizers_compare_with_the_cpus_type_names_and_upstream_still_with_cudas(owner, function) -> None:
     bent = module(f"optimizer.{owner}")
@@ -94,7 +97,10 @@ def test_a_shared_embedding_stays_where_it_is_and_upstream_still_moves_it() -> N
 
 
 def test_small_functions_run_plain_and_jit_fuser_still_compiles() -> None:
-    plain = module("fusions.fused_bias_dropout").bias_dropout_add_fused_train, module("transformer.moe.router").TopKRouter._apply_expert_bias
+    plain = (
+        module("fusions.fused_bias_dropout").bias_dropout_add_fused_train,
+        module("transformer.moe.router").TopKRouter._apply_expert_bias,
+    )
     assert not any(hasattr(function, "_torchdynamo_orig_callable") for function in plain)
     assert all("@jit_fuser" in inspect.getsource(function) for function in plain)
     fuse = module("jit").jit_fuser

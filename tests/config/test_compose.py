@@ -78,7 +78,11 @@ def test_groups_defaults_and_interpolations() -> None:
 
 def test_open_mappings_grow_shrink_and_keep_their_types() -> None:
     cfg = compose("rl", [*RL, "reward.weights.accuracy=2", "~reward.weights.format", "model.mtp_loss_coef=0"])
-    assert cfg.reward.weights == {"accuracy": 2.0} and cfg.model == {"mtp_loss_coef": 0}
+    assert cfg.reward.weights == {"accuracy": 2.0} and cfg.model == {
+        "expert_bias_update_rate": 0.0,
+        "seq_aux_loss_coef": 0.0,
+        "mtp_loss_coef": 0,
+    }
     cfg = compose("prepare", ["problems.sums.num_train=7", "problems={more:{kind:jsonl,path:x.jsonl}}"])
     assert cfg.problems["sums"] == ProblemSourceConfig(num_train=7)
     assert cfg.problems["more"].path == "x.jsonl" and list(cfg.problems) == ["sums", "more"]

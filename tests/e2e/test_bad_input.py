@@ -62,7 +62,10 @@ RL = ("rl", "out={folder}/run", "init={folder}/checkpoint", "rl.rollouts=2")
         ((*PRETRAIN, "optim.weight_decy=1"), ["optim.weight_decy", "did you mean optim.weight_decay"]),
         ((*PRETRAIN, "model=tini"), ["model", "did you mean tiny"]),
         ((*PRETRAIN, "trainer.global_batch_size=many"), ["trainer.global_batch_size", "whole number", "many"]),
-        ((*PRETRAIN, "model.num_heads=6", "parallel.tensor=4", "launch.processes=4"), ["model.num_heads", "parallel.tensor 4", "6"]),
+        (
+            (*PRETRAIN, "model.num_heads=6", "parallel.tensor=4", "launch.processes=4"),
+            ["model.num_heads", "parallel.tensor 4", "6"],
+        ),
         ((*PRETRAIN, "model.top_k=20"), ["model.top_k", "model.num_experts 16", "20"]),
         ((*PRETRAIN, "model.num_groups=3"), ["model.num_groups", "divides", "2, 4 or 8"]),
         ((*PRETRAIN, "model.vocab_size=100"), ["model.vocab_size", "512", "100"]),
@@ -84,7 +87,9 @@ RL = ("rl", "out={folder}/run", "init={folder}/checkpoint", "rl.rollouts=2")
         (("eval", "data.problems={folder}/good.jsonl"), ["checkpoint", "needed"]),
     ],
 )
-def test_a_wrong_input_is_one_clear_line(folder: Path, capsys: pytest.CaptureFixture, arguments: tuple[str, ...], says: list[str]) -> None:
+def test_a_wrong_input_is_one_clear_line(
+    folder: Path, capsys: pytest.CaptureFixture, arguments: tuple[str, ...], says: list[str]
+) -> None:
     error = run(capsys, *(argument.format(folder=folder) for argument in arguments))
     for text in says:
         assert text in error

@@ -85,10 +85,13 @@ def two_ranks() -> dict[str, Any]:
     close_mesh()
     mesh = opened(tensor=2)
     seen["tensor"] = mesh.degrees, mesh.data_size, mesh.gather_objects(rank), mesh.sum(torch.tensor([rank])).tolist()
-    seen["tensor_everywhere"] = mesh.sum_everywhere(torch.tensor([1 + rank])).tolist()
+    seen["tensor_everywhere"] = (
+        mesh.sum_everywhere(torch.tensor([1 + rank])).tolist(),
+        mesh.sum_stage(torch.tensor([1 + rank])).tolist(),
+    )
     close_mesh()
     mesh = opened(pipeline=2)
-    seen["last"] = mesh.is_last_stage
+    seen["last"], seen["stage"] = mesh.is_last_stage, mesh.sum_stage(torch.tensor([1 + rank])).tolist()
     return seen
 
 
@@ -106,5 +109,5 @@ def test_two_ranks() -> None:
         degrees, data_size, gathered, summed = seen["tensor"]
         assert degrees == {"data": 1, "tensor": 2, "pipeline": 1, "context": 1, "expert": 1} and data_size == 1
         assert gathered == [rank] and summed == [rank], "ranks of one data shard hold the same"
-        assert seen["tensor_everywhere"] == [3]
-        assert seen["last"] == (rank == 1)
+        assert seen["tensor_everywhere"] == ([3], [3])
+        assert seen["last"] == (rank == 1) and seen["stage"] == [1 + rank]

@@ -28,7 +28,11 @@ def layer_sizes(m: ModelConfig) -> tuple[int, int, int]:
     values = m.kv_lora_rank * m.num_heads * (m.qk_nope_head_dim + m.v_head_dim) + m.num_heads * m.v_head_dim * m.hidden_size
     expert = 3 * m.hidden_size * m.moe_ffn_size
     gate = m.num_experts * (m.hidden_size + m.use_expert_bias)
-    return query + latent + values + 2 * m.hidden_size, 3 * m.hidden_size * m.ffn_size, (m.num_experts + m.num_shared_experts) * expert + gate
+    return (
+        query + latent + values + 2 * m.hidden_size,
+        3 * m.hidden_size * m.ffn_size,
+        (m.num_experts + m.num_shared_experts) * expert + gate,
+    )
 
 
 def on_paper(m: ModelConfig) -> int:
@@ -70,7 +74,9 @@ def test_presets_have_their_published_sizes(name: str, total: int) -> None:
 
 def test_small_has_about_a_fifth_of_a_billion_active() -> None:
     model = preset("small")
-    resting = (model.num_layers - model.first_k_dense) * (model.num_experts - model.top_k) * 3 * model.hidden_size * model.moe_ffn_size
+    resting = (
+        (model.num_layers - model.first_k_dense) * (model.num_experts - model.top_k) * 3 * model.hidden_size * model.moe_ffn_size
+    )
     assert 0.15e9 < on_paper(model) - resting < 0.25e9
 
 
@@ -90,7 +96,9 @@ def test_without_mtp_the_main_head_is_unchanged_and_the_switch_comes_back(traine
     batch = TokenTensors(tokens, labels, torch.ones(2, 12))
     with torch.no_grad():
         with_mtp = token_losses(model, batch)
-        free = torch.nn.functional.cross_entropy(logits(model, tokens).flatten(0, 1), labels.flatten(), reduction="none").view(2, 12)
+        free = torch.nn.functional.cross_entropy(logits(model, tokens).flatten(0, 1), labels.flatten(), reduction="none").view(
+            2, 12
+        )
         with pytest.raises(ZeroDivisionError), without_mtp(trainee.module):
             assert trainee.module.config.mtp_num_layers is None and not trainee.module.mtp_process
             raise ZeroDivisionError

@@ -44,4 +44,6 @@ def test_a_packed_sample_has_the_losses_of_the_sample_alone() -> None:
     packed = losses(samples, packed=True).split([len(sample) for sample in samples])
     for want, got in zip(alone, packed, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=0)  # rotary positions run on: only differences count
-    assert (losses(samples, packed=False)[7:] - torch.cat(alone)[7:]).abs().max() > 1e-3, "without the mask they would see each other"
+    assert (losses(samples, packed=False)[7:] - torch.cat(alone)[7:]).abs().max() > 1e-3, (
+        "without the mask they would see each other"
+    )

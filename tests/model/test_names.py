@@ -43,10 +43,20 @@ CASES = {
     "plain": {},
     "query_latent_and_mtp": {"q_lora_rank": 20, "num_mtp_layers": 1},
     "yarn": {"yarn": YarnConfig(factor=4.0, original_max_position_embeddings=64), "num_mtp_layers": 1},
-    "yarn_mscale": {"yarn": YarnConfig(factor=8.0, original_max_position_embeddings=32, mscale=0.7, mscale_all_dim=0.5), "q_lora_rank": 30},
+    "yarn_mscale": {
+        "yarn": YarnConfig(factor=8.0, original_max_position_embeddings=32, mscale=0.7, mscale_all_dim=0.5),
+        "q_lora_rank": 30,
+    },
     "one_group_eps": {"num_groups": 1, "topk_groups": 1, "top_k": 3, "rms_norm_eps": 1e-5, "routed_scaling_factor": 1.0},
     "all_moe_two_shared": {"first_k_dense": 0, "num_shared_experts": 2, "v_head_dim": 16},
-    "two_dense_eight_groups": {"first_k_dense": 2, "num_experts": 16, "num_groups": 8, "topk_groups": 3, "top_k": 6, "num_mtp_layers": 1},
+    "two_dense_eight_groups": {
+        "first_k_dense": 2,
+        "num_experts": 16,
+        "num_groups": 8,
+        "topk_groups": 3,
+        "top_k": 6,
+        "num_mtp_layers": 1,
+    },
     "tied_two_groups": {"tie_embeddings": True, "num_groups": 2, "topk_groups": 1, "top_k": 2, "rope_theta": 50000.0},
 }
 
@@ -142,6 +152,8 @@ def test_names_by_hand() -> None:
 
 def test_yarn_is_written_in_both_forms_and_left_out_without_it() -> None:
     config = published(yarn=YarnConfig(factor=4.0, original_max_position_embeddings=64))
-    assert config["rope_scaling"]["type"] == config["rope_scaling"]["rope_type"] == "yarn" and config["rope_scaling"]["factor"] == 4.0
+    assert (
+        config["rope_scaling"]["type"] == config["rope_scaling"]["rope_type"] == "yarn" and config["rope_scaling"]["factor"] == 4.0
+    )
     assert config["rope_parameters"] == {**config["rope_scaling"], "rope_theta": 10000.0}
     assert "rope_scaling" not in published() and published()["rope_parameters"]["rope_type"] == "default"

@@ -108,6 +108,7 @@ def stored(checkpoint: Path | str) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint: weights, expert biases, moments, main parameters."""
     from megatron.core import dist_checkpointing
 
+    one_rank()  # reading asks which rank this is
     return {
         name: value
         for name, value in dist_checkpointing.load_plain_tensors(str(Path(checkpoint) / "weights")).items()

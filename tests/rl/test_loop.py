@@ -1,0 +1,289 @@
+"""The RL loop on a tiny random model: the rollout agrees with the trainer, a cut-off run goes on bit for bit, ranks agree."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from r1mega.config.errors import UserError
+from r1mega.config.rl import ProblemDataConfig, RewardConfig, RlConfig, RolloutConfig
+from r1mega.config.run import ParallelConfig, SamplingConfig
+from r1mega.mesh import close_mesh
+from r1mega.rl.advantage import GroupAdvantage
+from r1mega.rl.engine import LocalEngine
+from r1mega.rl.loop import RlLoop, rl
+from r1mega.rl.loss import GrpoLoss
+from r1mega.rl.setup import open_run_mesh
+from r1mega.testing.ranks import run_ranks
+from r1mega.train import checkpoint
+from r1mega.train.checkpoint import latest
+from r1mega.train.pretrain import pretrain
+from tests.train.cases import CPU, OPTIM, lines, pretrain_config, stored, write_data
+
+SIZES = RolloutConfig(
+    rollouts=2,
+    prompts_per_rollout=2,
+    group_size=4,
+    updates_per_rollout=2,
+    micro_batch_size=3,
+    sampling=SamplingConfig(temperature=1.0, max_new_tokens=6),
+    ref_refresh_updates=3,
+    save_every=1,
+)
+TIMED = ("seconds_rollout", "seconds_reward", "seconds_score", "seconds_train", "seconds_push", "peak_gib")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Data, problems and a checkpoint to start from (``seed``)."""
+    folder = write_data(tmp_path_factory.mktemp("rl"))
+    problems = [{"question": f"{left}+1", "answer": str(left + 1)} for left in range(6)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    pretrain(pretrain_config(folder, folder / "seed", 1))
+    return folder
+
+
+def config(place: Path, out: Path, **sizes: Any) -> RlConfig:
+    return RlConfig(
+        name=out.name,
+        out=str(out),
+        device=CPU,
+        init=str(place / "seed"),
+        data=ProblemDataConfig(problems=str(place / "problems.jsonl")),
+        rl=replace(SIZES, **sizes),
+        reward=RewardConfig(),
+        advantage=GroupAdvantage(),
+        policy_loss=GrpoLoss(),
+        engine=LocalEngine(),
+        optim=replace(OPTIM, warmup_steps=1, decay="constant"),
+    )
+
+
+class Digits:
+    """Stands in for the reward processes: half of the last digit of the response's length, so that groups differ."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args) -> None:
+        pass
+
+    def score(self, problems, texts):
+        from r1mega.rl.types import RewardRecord
+
+        return [{"accuracy": RewardRecord(len(text) % 10 / 2, 0.0), "format": RewardRecord(0.0, 0.0)} for text in texts]
+
+
+@pytest.fixture
+def digits(monkeypatch) -> None:
+    monkeypatch.setattr("r1mega.rl.loop.RewardRunner", Digits)
+
+
+@pytest.fixture(scope="module")
+def straight(place: Path) -> dict[str, Any]:
+    """Two rollouts in one go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("r1mega.rl.loop.RewardRunner", Digits)
+        return rl(config(place, place / "straight"))
+
+
+def test_two_rollouts(place: Path, straight) -> None:
+    told = lines(place / "straight")
+    assert (straight["rollouts"], straight["updates"]) == (2, 4)
+    assert [(line["rollout"], line["update"]) for line in told] == [(1, 2), (2, 4)]
+    for line in told:
+        assert 0 <= line["rollout_diff_mean"] <= line["rollout_diff_max"] < 1e-4
+        assert line["reward"] > 0 and line["reward_std"] > 0 and line["reward"] == line["accuracy"] and line["format"] == 0
+        assert 1 <= line["response_length"] <= 6 and 0 <= line["truncated"] <= 1 and line["reward_failed"] == 0
+        assert line["grad_norm"] > 0 and line["lr"] == OPTIM.lr and line["entropy"] > 3
+        assert all(sum(row) == pytest.approx(1, abs=1e-4) for row in line["expert_load"]) and line["expert_load"]
+        assert all(line[name] > 0 for name in TIMED)
+    assert straight["tokens"] == told[-1]["tokens"] > told[0]["tokens"] > 0
+    seed, after = (stored(latest(place / name / "checkpoints")) for name in ("seed", "straight"))
+    moved = [name for name in seed if not name.startswith("optimizer.") and not torch.equal(seed[name], after[name])]
+    assert "output_layer.weight" in moved and any("experts" in name for name in moved)
+    state = checkpoint.read_state(latest(place / "straight/checkpoints"))
+    assert state["parent"] == checkpoint.digest(place / "seed") and state["cursor"]["consumed"] == 4
+
+
+def test_a_run_that_is_cut_off_goes_on_bit_for_bit(place: Path, straight, digits, monkeypatch) -> None:
+    class CutOff(Exception):
+        pass
+
+    train = RlLoop.train
+
+    def cut(self, rows):
+        if self.state.extra["rollouts"] == 1:
+            raise CutOff
+        return train(self, rows)
+
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        patch.setattr(RlLoop, "train", cut)
+        rl(config(place, place / "cut"))
+    rl(config(place, place / "cut"))
+    ours, theirs = (latest(place / name / "checkpoints") for name in ("straight", "cut"))
+    left, right = stored(ours), stored(theirs)
+    assert left.keys() == right.keys() and not [name for name in left if not torch.equal(left[name], right[name])]
+    references = [torch.load(path / "reference.pt", weights_only=True) for path in (ours, theirs)]
+    assert all(torch.equal(tensor, references[1][name]) for name, tensor in references[0].items())
+    told = [
+        [{key: value for key, value in line.items() if key not in TIMED} for line in lines(place / name)]
+        for name in ("straight", "cut")
+    ]
+    assert told[0] == told[1]
+
+
+@pytest.fixture
+def loop(place: Path, tmp_path: Path):
+    """A loop before its first rollout; ``loop(**sizes)``."""
+    made = []
+
+    def make(**sizes: Any) -> RlLoop:
+        settings = config(place, tmp_path / f"run{len(made)}", **sizes)
+        made.append(RlLoop(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits()))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.metrics.close()
+
+
+def weights(run: RlLoop) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in run.policy._trainee.named_tensors()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+def test_the_reference_is_refreshed_every_so_many_updates(loop) -> None:
+    run = loop()
+    start = weights(run)
+    rows, problems = run.generate()
+    run.judge(rows, problems)
+    run.score(rows)
+    assert same(run.policy._reference, start) and same(weights(run), start), (
+        "scoring with the reference leaves the policy as it was"
+    )
+    assert all(torch.equal(row.old, row.ref) for row in rows), "at first the policy is the reference"
+    run.train(rows)  # updates 1 and 2
+    assert same(run.policy._reference, start) and not same(weights(run), start)
+    run.update(rows[:4])  # update 3
+    assert same(run.policy._reference, weights(run))
+    run.update(rows[4:])
+    assert not same(run.policy._reference, weights(run))
+
+
+def test_never_refreshed_and_scored_apart(loop) -> None:
+    run = loop(ref_refresh_updates=0)
+    start = weights(run)
+    rows, problems = run.generate()
+    run.judge(rows, problems)
+    run.score(rows)
+    for _ in range(3):
+        run.train(rows)
+    assert same(run.policy._reference, start)
+    run.score(rows)
+    assert any((row.old - row.ref).abs().max() > 1e-4 for row in rows)
+
+
+def test_a_rollout_is_cut_into_its_updates(loop, monkeypatch) -> None:
+    for updates, sizes in ((1, [8]), (2, [4, 4]), (4, [2, 2, 2, 2])):
+        run = loop(updates_per_rollout=updates)
+        rows, problems = run.generate()
+        run.judge(rows, problems)
+        seen = []
+        monkeypatch.setattr(run, "update", lambda part, seen=seen: seen.append(part))
+        run.train(rows)
+        assert [len(part) for part in seen] == sizes
+        assert Counter(id(row) for part in seen for row in part) == Counter(map(id, rows)), "each row once"
+        assert updates == 1 or [row for part in seen for row in part] != rows, "in random order"
+
+
+def test_rows_carry_their_groups_advantage(loop) -> None:
+    run = loop()
+    rows, problems = run.generate()
+    assert len(rows) == 8 and all(problems[start : start + 4] == [problems[start]] * 4 for start in (0, 4))
+    assert all(row.prompt == rows[0].prompt for row in rows[:4]) and rows[4].prompt != rows[0].prompt
+    rewards = torch.tensor(run.judge(rows, problems)["reward"]).view(2, 4)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    for got, want in zip(torch.tensor([row.advantage for row in rows]).view(2, 4), centred, strict=True):
+        assert got.sum().abs() < 1e-5 and torch.equal(got.sign(), want.sign())
+
+
+def test_shuffled_rewards_are_the_same_ones_elsewhere(loop) -> None:
+    run, control = loop(), loop(shuffle_rewards=True)
+    rows, problems = run.generate()
+    plain = run.judge(rows, problems)
+    shuffled = control.judge(rows, problems)
+    assert shuffled["accuracy"] == plain["accuracy"], "what was earned is still told"
+    assert Counter(shuffled["reward"]) == Counter(plain["reward"]) and len(set(plain["reward"])) > 1
+    values = [float(number) for number in range(64)]
+    assert sorted(control._shuffled(values)) == values != control._shuffled(values)
+    first = control._shuffled(values)
+    control.state.extra["rollouts"] = 1
+    assert control._shuffled(values) != first, "another order in each rollout"
+
+
+def test_the_real_rewards_run(place: Path, tmp_path: Path) -> None:
+    result = rl(config(place, tmp_path / "real", rollouts=1, updates_per_rollout=1))
+    (line,) = lines(tmp_path / "real")
+    assert result["updates"] == 1 and 0 <= line["reward"] <= 2 and line["reward_failed"] == 0 and line["rollout_diff_max"] < 1e-4
+
+
+def test_layouts_that_no_engine_can_take_are_refused(place: Path, tmp_path: Path) -> None:
+    settings = config(place, tmp_path / "run")
+    for axis in ("tensor", "pipeline", "expert"):
+        settings.parallel = ParallelConfig(**{axis: 2})
+        with pytest.raises(UserError, match=f"parallel.{axis}: a rank hands whole weights to its engine; got 2"):
+            rl(settings)
+
+
+def two_ranks(place: Path, out: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[float]]:
+    """One rank's loop: its result, its weights at the end, the log-probabilities that it drew its responses with."""
+    settings = config(place, out)
+    loop = RlLoop(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits())
+    drawn = []
+    generate = loop.generate
+
+    def keep():
+        rows, problems = generate()
+        drawn.extend(value for row in rows for value in row.completion.logprobs)
+        return rows, problems
+
+    loop.generate = keep
+    for _ in range(settings.rl.rollouts):
+        loop.rollout()
+    return loop.finish(), weights(loop), drawn
+
+
+def test_two_ranks_share_the_questions_and_agree_on_the_weights(place: Path) -> None:
+    close_mesh()
+    (first, ours, mine), (second, theirs, others) = run_ranks(two_ranks, 2, place, place / "two")
+    assert first["tokens"] == second["tokens"] and first["updates"] == 4
+    assert same(ours, theirs) and mine != others
+    told = lines(place / "two")
+    assert [line["rollout"] for line in told] == [1, 2] and all(line["rollout_diff_max"] < 1e-4 for line in told)
+    assert torch.equal(stored(first["checkpoint"])["output_layer.weight"], ours["output_layer.weight"])
+
+
+def test_another_prompt_file_is_not_gone_on_with(place: Path, straight, tmp_path: Path) -> None:
+    shutil.copytree(place / "straight", tmp_path / "run")
+    other = config(place, tmp_path / "run", rollouts=3)
+    text = (place / "problems.jsonl").read_text().splitlines(keepends=True)
+    random.Random(0).shuffle(text)
+    (tmp_path / "other.jsonl").write_text("".join(text))
+    other.data.problems = str(tmp_path / "other.jsonl")
+    with pytest.raises(UserError, match="data.problems: a run goes on with the problems"):
+        rl(other)

@@ -1,0 +1,71 @@
+"""One metric line of a rollout, by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from r1mega.rl.batch import RolloutRow
+from r1mega.rl.metrics import mean_load, rollout_line
+from r1mega.rl.types import Completion
+from r1mega.train.trainee import StepResult
+
+ALONE = SimpleNamespace(
+    device=SimpleNamespace(torch_device=torch.device("cpu")), sum=lambda values: values, max=lambda values: values
+)
+
+
+def row(logprobs: list[float], old: list[float], reason: str) -> RolloutRow:
+    return RolloutRow([1, 2], Completion([3] * len(logprobs), logprobs, reason), old=torch.tensor(old))
+
+
+def result(**stats: float) -> StepResult:
+    return StepResult(loss=stats.pop("loss"), count=1, grad_norm=stats.pop("norm"), stats=stats)
+
+
+def test_by_hand() -> None:
+    rows = [
+        row([-1.0, -2.0], [-1.0, -2.5], "stop"),
+        row([-1.0], [-0.9], "length"),
+        row([-3.0], [-3.0], "stop"),
+        row([-1.0] * 4, [-1.0] * 4, "stop"),
+    ]
+    judged = {"accuracy": [1.0, 0.0, 0.0, 0.0], "format": [1.0, 1.0, 1.0, 1.0], "reward": [2.0, 1.0, 1.0, 1.0]}
+    results = [
+        result(loss=0.5, norm=2.0, num_tokens=6.0, num_clipped=3.0, kl_sum=0.6, entropy_sum=9.0),
+        result(loss=-0.1, norm=1.0, num_tokens=2.0, num_clipped=1.0, kl_sum=0.2, entropy_sum=3.0),
+    ]
+    line = rollout_line(ALONE, rows, judged, results, group_size=2)
+    want = {
+        "accuracy": 0.25,
+        "format": 1.0,
+        "reward": 1.25,
+        "response_length": 2.0,
+        "truncated": 0.25,
+        "reward_std": (1.75 - 1.25**2) ** 0.5,
+        "flat_groups": 0.5,
+        "rollout_diff_mean": 0.6 / 8,
+        "rollout_diff_max": 0.5,
+        "kl": 0.1,
+        "clip_share": 0.5,
+        "entropy": 1.5,
+        "loss": 0.2,
+        "grad_norm": 1.5,
+    }
+    assert line == pytest.approx(want, abs=1e-6)
+
+
+def test_sums_are_over_all_ranks() -> None:
+    two = SimpleNamespace(**{**vars(ALONE), "sum": lambda values: 2 * values})  # another rank with the same numbers
+    rows, judged = [row([-1.0], [-1.0], "stop"), row([-1.0], [-1.0], "stop")], {"reward": [1.0, 0.0]}
+    stats = result(loss=0.0, norm=0.0, num_tokens=2.0, num_clipped=0.0, kl_sum=0.0, entropy_sum=0.0)
+    assert rollout_line(two, rows, judged, [stats], 2) == pytest.approx(rollout_line(ALONE, rows, judged, [stats], 2))
+
+
+def test_mean_load() -> None:
+    loads = [[[0.5, 0.5], [1.0, 0.0]], [[0.25, 0.75], [0.0, 1.0]]]
+    results = [StepResult(0.0, 1, 0.0, expert_load=load) for load in loads]
+    assert mean_load(results) == [[0.375, 0.625], [0.5, 0.5]]
+    assert mean_load([StepResult(0.0, 1, 0.0)]) == []

@@ -1,0 +1,150 @@
+"""Checkpoints: whole or not there at all; damage is named; what is loaded is what was saved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from r1mega.config.errors import UserError
+from r1mega.train import checkpoint
+from r1mega.train.checkpoint import TrainState
+from r1mega.train.pretrain import pretrain
+from r1mega.train.trainee import Trainee
+from tests.train.cases import MODEL, OPTIM, one_rank, pretrain_config
+
+
+@pytest.fixture
+def copy(seed_run: Path, tmp_path: Path) -> Path:
+    """A checkpoint to be damaged."""
+    return Path(shutil.copytree(checkpoint.resolve(seed_run), tmp_path / "step-00000001"))
+
+
+def fresh(**changes) -> Trainee:
+    return Trainee(replace(MODEL, **changes), OPTIM, one_rank(), "fp32")
+
+
+def test_folders(seed_run: Path) -> None:
+    path = checkpoint.resolve(seed_run)
+    assert (
+        path
+        == checkpoint.latest(seed_run / "checkpoints")
+        == checkpoint.resolve(seed_run / "checkpoints")
+        == checkpoint.resolve(path)
+    )
+    assert path.name == "step-00000001" and checkpoint.read_model(seed_run) == MODEL
+    state = checkpoint.read_state(path)
+    assert (state["step"], state["parent"], state["degrees"]["data"]) == (1, None, 1)
+    assert checkpoint.digest(path) == checkpoint.digest(seed_run) and len(checkpoint.digest(path)) == 64
+    named = set(json.loads((path / "manifest.json").read_text())["files"])
+    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    assert there == named | {"manifest.json"} and {"state.json", "tokenizer/tokenizer.json", "rng.pt"} <= named
+    with pytest.raises(UserError, match="checkpoint: a folder with manifest.json"):
+        checkpoint.resolve(seed_run / "tensorboard")
+
+
+def test_weights_come_back_and_moments_only_when_asked(copy: Path) -> None:
+    trainee = fresh()
+    state = checkpoint.load(trainee, copy)
+    assert (state.step, state.tokens) == (1, 8 * 16) and state.cursor["kind"] == "text"
+    moments = [value for part in trainee.optimizer.chained_optimizers for value in part.optimizer.state.values()]
+    assert moments and all(value["step"] == 1 for value in moments) and any(value["exp_avg"].abs().max() > 0 for value in moments)
+    only = fresh()
+    torch.manual_seed(77)
+    before = torch.get_rng_state()
+    checkpoint.load(only, copy, weights_only=True)
+    assert torch.equal(torch.get_rng_state(), before), "the generator is left alone"
+    assert not any(part.optimizer.state for part in only.optimizer.chained_optimizers)
+    wanted = dict(trainee.named_tensors())
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in only.named_tensors())
+    main = [
+        group["params"][0] for part in only.optimizer.chained_optimizers for group in part.optimizer.param_groups if group["params"]
+    ]
+    theirs = [
+        group["params"][0]
+        for part in trainee.optimizer.chained_optimizers
+        for group in part.optimizer.param_groups
+        if group["params"]
+    ]
+    assert all(torch.equal(ours, other) for ours, other in zip(main, theirs, strict=True)), (
+        "the optimizer starts from the loaded weights"
+    )
+
+
+def weights(path: Path) -> Path:
+    return max((path / "weights").glob("*.distcp"), key=lambda file: file.stat().st_size)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("part", ["weights", "state.json"])
+@pytest.mark.parametrize(
+    "damage, says",
+    [(truncate, r"has \d+ bytes; got \d+"), (flip, "matches its hash; got other content"), (Path.unlink, "is missing")],
+)
+def test_damage_is_named(copy: Path, damage, says: str, part: str) -> None:
+    file = weights(copy) if part == "weights" else copy / part
+    damage(file)
+    trainee = fresh()
+    before = {name: tensor.clone() for name, tensor in trainee.named_tensors()}
+    with pytest.raises(UserError, match=f"^checkpoint .*{file.name}.*{says}.*; use an older checkpoint$"):
+        checkpoint.load(trainee, copy)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainee.named_tensors()), "nothing was loaded"
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_fields(copy: Path) -> None:
+    with pytest.raises(UserError, match=r"got moe_ffn_size 16 \(model.moe_ffn_size=24\), num_experts 8 \(model.num_experts=4\)"):
+        checkpoint.load(fresh(moe_ffn_size=24, num_experts=4), copy)
+    assert checkpoint.load(fresh(mtp_loss_coef=0.1, name="other"), copy).step == 1
+
+
+def test_an_unfinished_folder_is_not_seen(copy: Path) -> None:
+    runs = copy.parent
+    shutil.copytree(copy, runs / "step-00000009")
+    (runs / "step-00000009/manifest.json").unlink()
+    shutil.copytree(copy, runs / ".step-00000008.tmp")
+    assert checkpoint.latest(runs) == copy
+    with pytest.raises(UserError, match="got .*step-00000009"):
+        checkpoint.resolve(runs / "step-00000009")
+
+
+def test_a_save_that_is_cut_off_leaves_the_old_one(train_data: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "run"
+    pretrain(pretrain_config(train_data, out, 1))
+    digest = checkpoint.digest(out)
+
+    def cut(folder: Path) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(checkpoint, "_write_manifest", cut)
+        pretrain(pretrain_config(train_data, out, 2))
+    assert checkpoint.digest(out) == digest
+    checkpoint.verify(checkpoint.resolve(out))
+    assert pretrain(pretrain_config(train_data, out, 2))["steps"] == 2
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_old_ones_are_removed_and_the_parent_is_kept(copy: Path, tmp_path: Path) -> None:
+    trainee = fresh()
+    trainee.allocate_moments()
+    folder = tmp_path / "kept"
+    extra = {"reference.pt": {"x": torch.ones(2)}}
+    for step in (1, 2, 3):
+        path = checkpoint.save(trainee, TrainState(step), folder, keep_last=2, tokenizer=None, parent="abc", extra_tensors=extra)
+    assert sorted(held.name for held in folder.iterdir()) == ["step-00000002", "step-00000003"]
+    assert checkpoint.read_state(path)["parent"] == "abc"
+    assert torch.equal(torch.load(path / "reference.pt", weights_only=True)["x"], torch.ones(2))
+    checkpoint.verify(path)

@@ -1,0 +1,171 @@
+"""Two ranks and one: the same numbers from the same weights, in every layout; checkpoints move between them.
+
+The ranks are started once and do every case in turn. Adam's epsilon is 1e-6 and numbers are fp32, so what differs is rounding.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from r1mega.config.run import ParallelConfig
+from r1mega.mesh import close_mesh
+from r1mega.testing.ranks import run_ranks
+from r1mega.train import fit
+from r1mega.train.checkpoint import latest
+from r1mega.train.export import export
+from r1mega.train.pretrain import pretrain
+from r1mega.train.sft import sft
+from tests.train.cases import CPU, lines, pretrain_config, sft_config, stored
+
+STEPS = 3
+TOLERANCE = 1e-5
+
+
+class CutOff(Exception):
+    """The process is gone."""
+
+
+def run(
+    data: Path, out: Path, steps: int = STEPS, *, start: Path | None = None, degrees: dict[str, int] | None = None, **trainer: Any
+):
+    """Pretrain from the seed checkpoint (or on from ``out``'s own) in a layout; the mesh is closed after it."""
+    config = pretrain_config(data, out, steps, **{"micro_batch_size": 2, **trainer})
+    config.init = str(start or data / "seed")
+    config.parallel = ParallelConfig(**(degrees or {}))
+    try:
+        return pretrain(config)
+    finally:
+        close_mesh()
+
+
+def cut_off(data: Path, out: Path, call, step: int) -> None:
+    """``call()`` that ends before optimizer step ``step``, then once more to the end."""
+    rate = fit.learning_rate
+
+    def until(optim, now, steps):
+        if now == step:
+            raise CutOff
+        return rate(optim, now, steps)
+
+    fit.learning_rate = until
+    try:
+        call()
+        raise AssertionError("the run was not cut off")
+    except CutOff:
+        pass
+    finally:
+        fit.learning_rate = rate
+    call()
+
+
+def two_ranks(data: Path, there: Path) -> None:
+    """Everything that two ranks do, under ``there``."""
+    run(data, there / "one_microbatch", micro_batch_size=4)
+    run(data, there / "two_microbatches", micro_batch_size=2)
+    run(data, there / "tensor", degrees={"tensor": 2})
+    run(data, there / "expert", degrees={"expert": 2})
+    run(data, there / "both", degrees={"tensor": 2, "expert": 2})
+    run(data, there / "straight", 6, save_every=3)
+    cut_off(data, there / "cut", lambda: run(data, there / "cut", 6, save_every=3), 5)
+    run(data, there / "from_one", 6)  # its folder holds one rank's checkpoint of step 3
+
+    def tune(name: str) -> None:
+        try:
+            sft(sft_config(data, data / "seed", there / name, 4, save_every=2))
+        finally:
+            close_mesh()
+
+    tune("sft_straight")
+    cut_off(data, there / "sft_cut", lambda: tune("sft_cut"), 3)
+
+
+@pytest.fixture(scope="module")
+def runs(train_data: Path, seed_run: Path, tmp_path_factory) -> Path:
+    """The folder of all runs; ``one``: what they are compared with."""
+    folder = tmp_path_factory.mktemp("layouts")
+    close_mesh()
+    run(train_data, folder / "one", 6, save_every=3, micro_batch_size=4, keep_last=5)
+    (folder / "from_one/checkpoints").mkdir(parents=True)
+    shutil.copytree(folder / "one/checkpoints/step-00000003", folder / "from_one/checkpoints/step-00000003")
+    run_ranks(two_ranks, 2, train_data, folder)
+    return folder
+
+
+def assert_same(left: Path, right: Path, steps: int, tolerance: float = TOLERANCE) -> None:
+    """Losses, gradient norms, loads (metrics have six digits) and weights after ``steps`` steps agree."""
+    ours, theirs = (lines(run)[-steps:] for run in (left, right))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["step"] == other["step"]
+        for name in ("lm_loss", "mtp_loss", "aux_loss", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], abs=2 * tolerance), f"{name} of step {one['step']}"
+        assert one["expert_load"][0] == pytest.approx(other["expert_load"][0], abs=1e-6)
+    assert_same_weights(left, right, max(line["step"] for line in ours), tolerance)
+
+
+def assert_same_weights(left: Path, right: Path, step: int, tolerance: float) -> None:
+    ours, theirs = (stored(run / f"checkpoints/step-{step:08d}") for run in (left, right))
+    assert ours.keys() == theirs.keys(), "a checkpoint's names do not depend on the layout"
+    for name, tensor in ours.items():
+        if not name.startswith("optimizer."):
+            torch.testing.assert_close(tensor, theirs[name], atol=tolerance, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(scope="module")
+def first_three(runs: Path) -> Path:
+    """The one rank's run up to step 3."""
+    folder = runs / "one_three"
+    shutil.copytree(runs / "one", folder)
+    text = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(text[:STEPS]))
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["one_microbatch", "two_microbatches", "expert"])
+def test_two_data_ranks_learn_what_one_learns(runs: Path, first_three: Path, layout: str) -> None:
+    assert_same(runs / layout, first_three, STEPS)
+
+
+@pytest.mark.parametrize("layout", ["tensor", "both"])
+def test_two_tensor_ranks_learn_what_one_learns(runs: Path, first_three: Path, layout: str) -> None:
+    assert_same(runs / layout, first_three, STEPS)
+
+
+@pytest.mark.parametrize("left, right", [("straight", "cut"), ("sft_straight", "sft_cut")])
+def test_two_ranks_that_are_cut_off_go_on_bit_for_bit(runs: Path, left: str, right: str) -> None:
+    ours, theirs = (stored(latest(runs / name / "checkpoints")) for name in (left, right))
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert [line["lm_loss"] for line in lines(runs / left)] == [line["lm_loss"] for line in lines(runs / right)]
+
+
+def test_one_ranks_checkpoint_goes_on_with_two(runs: Path) -> None:
+    assert_same(runs / "from_one", runs / "one", STEPS)
+
+
+@pytest.mark.parametrize("layout", ["straight", "tensor", "expert"])
+def test_two_ranks_checkpoint_goes_on_with_one(runs: Path, train_data: Path, layout: str) -> None:
+    out = runs / f"{layout}_then_one"
+    (out / "checkpoints").mkdir(parents=True)
+    shutil.copytree(runs / layout / "checkpoints/step-00000003", out / "checkpoints/step-00000003")
+    run(train_data, out, 6, micro_batch_size=4)
+    assert_same(out, runs / "one", STEPS)
+
+
+def test_two_ranks_checkpoint_exports_like_one_ranks(runs: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from r1mega.config.rl import ExportConfig
+
+    files = {}
+    for name in ("tensor", "one_three"):
+        source = str(runs / name / "checkpoints/step-00000003")
+        export(ExportConfig(device=CPU, checkpoint=source, target=str(tmp_path / name)))
+        files[name] = load_file(tmp_path / name / "model.safetensors")
+    assert files["tensor"].keys() == files["one_three"].keys()
+    for name, tensor in files["tensor"].items():
+        torch.testing.assert_close(tensor, files["one_three"][name], atol=TOLERANCE, rtol=0)
