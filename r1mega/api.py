@@ -21,6 +21,7 @@ from r1mega.config.paths import check_paths
 from r1mega.config.rl import ProblemDataConfig
 from r1mega.config.run import ComputeConfig
 from r1mega.config.schema import schema
+from r1mega.train import manifest
 
 RESULT_VARIABLE = "R1MEGA_RESULT"
 """Names the file in which rank 0 of started ranks leaves its result."""
@@ -79,6 +80,7 @@ def run(command: str, overrides: Iterable[str] | Any = ()) -> Any:
     rules.check(config)
     check_paths(config)
     _check_problems(config)
+    _check_checkpoints(command, config)
     entry = COMMANDS[command]
     if isinstance(config, ComputeConfig) and config.launch.processes > 1 and "RANK" not in os.environ:
         return _run_ranks(command, arguments, config.launch.processes)
@@ -100,6 +102,19 @@ def _check_problems(config: Any) -> None:
         from r1mega.data.problems import load_problems
 
         load_problems(config.data.problems, limit=config.data.limit)
+
+
+def _check_checkpoints(command: str, config: Any) -> None:
+    """Is there a checkpoint to start from, is the one to go on from this command's and of this model? Before torch is imported."""
+    given = getattr(config, "init", None) or getattr(config, "checkpoint", None)
+    if given is not None:
+        manifest.read_model(given)
+    if command in ("pretrain", "sft", "rl"):
+        held = manifest.latest(Path(config.out) / "checkpoints")
+        if held is not None:
+            manifest.check_same_command(command, held)
+            if command == "pretrain":
+                manifest.check_same_model(config.model, held)
 
 
 def _run_ranks(command: str, arguments: Iterable[str] | None, processes: int) -> Any:

@@ -33,6 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(error, file=sys.stderr)
         return USER_ERROR
+    except OSError as error:  # a folder that cannot be written, a disk that is full: nothing that a traceback explains better
+        if _wants_traceback(arguments):
+            traceback.print_exc()
+        else:
+            print(f"files: {error.filename or 'the disk'} can be read and written; got {error.strerror}; mend it", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -72,7 +72,9 @@ def open_device(config: DeviceConfig) -> Device:
     if config.kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError("device.kind: torch sees no GPU; got cuda; use device=cpu or install a CUDA build of torch")
-        index = local_rank() % torch.cuda.device_count()
+        index, found = local_rank(), torch.cuda.device_count()
+        if index >= found:
+            raise UserError(f"launch.processes: one GPU a process; got local rank {index} with {found} GPUs; start at most {found}")
         torch.cuda.set_device(index)
         _chosen = Device("cuda", torch.device("cuda", index), "nccl")
         return _chosen

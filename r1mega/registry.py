@@ -13,6 +13,8 @@ import importlib
 from collections.abc import Callable
 from typing import TypeVar
 
+from r1mega.config.errors import UserError
+
 KINDS = {
     "advantage": "r1mega.rl.advantage",
     "engine": "r1mega.rl.engine",
@@ -54,7 +56,7 @@ def choices(kind: str) -> dict[str, type]:
 
 
 def lookup(kind: str, name: str) -> type:
-    """The choice ``name`` of ``kind``; a dotted name is imported. Raises ValueError that names the nearest choice."""
+    """The choice ``name`` of ``kind``; a dotted name is imported. Raises UserError that names the nearest choice."""
     if "." in name:
         module, _, attribute = name.rpartition(".")
         try:
@@ -67,7 +69,7 @@ def lookup(kind: str, name: str) -> type:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"{kind}: no such choice; got {name!r}; {hint}use one of {', '.join(sorted(known))}")
+        raise UserError(f"{kind}: no such choice; got {name!r}; {hint}use one of {', '.join(sorted(known))}")
     return known[name]
 
 

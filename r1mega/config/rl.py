@@ -17,6 +17,7 @@ class RewardConfig:
     weights: dict[str, float] = knob(
         {"accuracy": 1.0, "format": 1.0}, "registered reward to weight; their sum is the reward", "name: 1"
     )
+    options: dict[str, Any] = knob({}, "knobs of rewards where they are not the defaults", "name: {knob: value}")
     timeout_seconds: float = knob(5.0, "longest time of one call", "seconds", **at_least(0.01))
     memory_bytes: int = knob(2 << 30, "address space of a reward process", "bytes", **at_least(64 << 20))
     workers: int = knob(1, "reward processes of one rank", "processes", **at_least(1))
@@ -93,9 +94,9 @@ class ExportConfig(ComputeConfig):
 
 @dataclass
 class ChatConfig(ComputeConfig):
-    """``r1mega chat``: talk to a checkpoint."""
+    """``r1mega chat``: ask a checkpoint, each question by itself."""
 
     checkpoint: str = knob(REQUIRED, "checkpoint to talk to", "path")
     sampling: SamplingConfig = knob(SamplingConfig, "how responses are drawn", "section")
     engine: Any = knob(None, "registered choice: who generates", "choice")
-    prompt: str | None = knob(None, "one question, answered and done; null: a conversation on the terminal", "text")
+    prompt: str | None = knob(None, "one question, answered and done; null: questions from the terminal", "text")

@@ -26,7 +26,7 @@ from r1mega.config.train import TUNABLE_MODEL_FIELDS, OptimConfig, PretrainConfi
 
 def check(config: Any) -> None:
     """Raise UserError, one line a broken rule of ``config``; rules across sections wait until each field is right."""
-    found = list(field_violations(config)) or list(cross_violations(config)) or list(_not_there_yet(config))
+    found = list(field_violations(config)) or list(_not_there_yet(config)) or list(cross_violations(config))
     if found:
         raise UserError("\n".join(map(str, found)))
 

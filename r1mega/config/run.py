@@ -20,7 +20,7 @@ class LaunchConfig:
     """Who starts the processes. Under torchrun (RANK and WORLD_SIZE set) the command joins and starts nothing."""
 
     processes: int = knob(1, "processes started on this machine", "processes", **at_least(1))
-    timeout_seconds: float = knob(600.0, "longest wait in one collective", "seconds", **at_least(1))
+    timeout_seconds: float = knob(3600.0, "longest wait in one collective", "seconds", **at_least(1))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""``r1mega chat``: talk to a checkpoint on the terminal; the thinking is shown dimmed, the answer plain."""
+"""``r1mega chat``: ask a checkpoint on the terminal, each question by itself; the thinking is shown dimmed, the answer plain."""
 
 from __future__ import annotations
 

@@ -17,9 +17,16 @@ from tqdm import tqdm
 
 from r1mega.config.rl import EvalConfig
 from r1mega.data.problems import Problem, load_problems
-from r1mega.data.tokenizer import encode_prompt
 from r1mega.rl.reward.runner import RewardRunner
-from r1mega.rl.setup import open_engine, open_policy, open_run_mesh, open_tokenizer
+from r1mega.rl.setup import (
+    encode_prompts,
+    open_engine,
+    open_policy,
+    open_rewards,
+    open_run_mesh,
+    open_tokenizer,
+    response_text,
+)
 from r1mega.train import checkpoint
 
 EXAMPLES = 20
@@ -36,11 +43,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     policy = open_policy(config, init, mesh, None, {})
     engine = open_engine(config.engine, policy, tokenizer)
     engine.load_weights(policy.published_tensors(), version=0)
-    numbered = list(enumerate(problems))[mesh.data_rank :: mesh.data_size]
+    encoded = encode_prompts(tokenizer, problems, config.sampling.max_new_tokens, policy.model_config.max_position_embeddings)
+    numbered = list(zip(range(len(problems)), problems, encoded, strict=True))[mesh.data_rank :: mesh.data_size]
     results: list[dict[str, Any]] = []
-    weights = {"accuracy": 1.0, "format": 1.0}
     with (
-        RewardRunner(weights, config.reward.timeout_seconds, config.reward.memory_bytes, config.reward.workers) as rewards,
+        open_rewards(config.reward, {"accuracy": 1.0, "format": 1.0}) as rewards,
         tqdm(total=len(numbered), unit="problem", desc=Path(config.out).name, disable=not mesh.is_first, mininterval=1.0) as bar,
     ):
         for start in range(0, len(numbered), config.batch_prompts):
@@ -51,24 +58,28 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     summary = summarise(merged, config)
     summary["seconds"] = time.perf_counter() - began
     if mesh.is_first:
+        if summary["reward_failed"]:
+            print(f"eval: {summary['reward_failed']:.1%} of the verifier's calls failed, counted wrong; see reward.timeout_seconds")
+        if config.keep:
+            summary["kept"] = keep_correct(merged, problems, Path(config.keep), config.keep_per_problem, config.seed)
         folder = Path(config.out)
         folder.mkdir(parents=True, exist_ok=True)
         examples = [{key: entry[key] for key in ("question", "answer", "responses")} for entry in merged[:EXAMPLES]]
-        (folder / "eval.json").write_text(json.dumps({**summary, "examples": examples}, indent=1))
-        if config.keep:
-            summary["kept"] = keep_correct(merged, problems, Path(config.keep), config.keep_per_problem, config.seed)
+        aside = folder / ".eval.json.tmp"
+        aside.write_text(json.dumps({**summary, "examples": examples}, indent=1))
+        aside.replace(folder / "eval.json")
     return mesh.broadcast_object(summary)
 
 
 def _answer(config: EvalConfig, part: list[tuple[int, Problem]], tokenizer, engine, rewards: RewardRunner) -> list[dict[str, Any]]:
     """All samples of a few problems, judged. The draw of a batch depends on the seed and its first problem alone."""
-    prompts = [encode_prompt(tokenizer, problem.question) for _, problem in part for _ in range(config.samples)]
+    prompts = [prompt for *_, prompt in part for _ in range(config.samples)]
     seed = random.Random(f"{config.seed}:eval:{part[0][0]}").getrandbits(62)
     completions = engine.generate(prompts, config.sampling, seed)
-    texts = [tokenizer.decode(completion.token_ids) for completion in completions]
-    records = rewards.score([problem for _, problem in part for _ in range(config.samples)], texts)
+    texts = [response_text(tokenizer, completion) for completion in completions]
+    records = rewards.score([problem for _, problem, _ in part for _ in range(config.samples)], texts)
     entries = []
-    for slot, (index, problem) in enumerate(part):
+    for slot, (index, problem, _) in enumerate(part):
         mine = range(slot * config.samples, (slot + 1) * config.samples)
         responses = [
             {
@@ -77,6 +88,7 @@ def _answer(config: EvalConfig, part: list[tuple[int, Problem]], tokenizer, engi
                 "well_formed": records[n]["format"].value >= 1.0,
                 "tokens": len(completions[n].token_ids),
                 "truncated": completions[n].finish_reason == "length",
+                "failed": any(record.failure for record in records[n].values()),
             }
             for n in mine
         ]
@@ -95,6 +107,7 @@ def summarise(entries: list[dict[str, Any]], config: EvalConfig) -> dict[str, An
         "format_rate": statistics.fmean(response["well_formed"] for response in responses),
         "response_length": statistics.fmean(response["tokens"] for response in responses),
         "truncated": statistics.fmean(response["truncated"] for response in responses),
+        "reward_failed": statistics.fmean(response["failed"] for response in responses),
         "num_problems": len(entries),
         "samples": config.samples,
         "temperature": config.sampling.temperature,

@@ -204,12 +204,14 @@ def run_stages(
 
 
 def _keys(every: Sequence[Stage], configs: Mapping[str, Any], folder: Path, version: str) -> dict[str, str]:
-    """Key of every stage by name; a report's covers all stages before it."""
+    """Key of every stage by name; a report's covers all stages before it. Ranks draw their own samples: their number counts."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
     keys: dict[str, str] = {}
     for stage in every:
         config = configs[stage.name]
         needs = {need: keys[need] for need in stage.needs}
-        keys[stage.name] = stage_key(stage, normalise(plain(config), folder), needs, version, outside_inputs(config, folder))
+        made_by = f"{version} on {ranks} ranks" if isinstance(config, ComputeConfig) else version
+        keys[stage.name] = stage_key(stage, normalise(plain(config), folder), needs, made_by, outside_inputs(config, folder))
     return keys
 
 

@@ -47,9 +47,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def finished(folder: Path, name: str, stamp: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of the stage's complete result with this stamp, or None."""
+    """The record of the stage's complete result with this stamp, or None; also None when what it names is gone."""
     record = read_json(stage_folder(folder, name) / FINISHED)
-    return record if record and all(record.get(part) == value for part, value in stamp.items()) else None
+    if not record or any(record.get(part) != value for part, value in stamp.items()):
+        return None
+    result = record.get("result")
+    named = [result.get(part) for part in ("checkpoint", "target")] if isinstance(result, dict) else []
+    home, mark = stage_folder(folder, name), f"{os.sep}stages{os.sep}{name}{os.sep}"
+    own = [path.partition(mark)[2] for path in named if isinstance(path, str) and mark in path]  # wherever the run lies by now
+    return record if all((home / path).exists() for path in own) else None
 
 
 def begin(folder: Path, name: str, stamp: Mapping[str, Any]) -> bool:
@@ -85,11 +91,8 @@ def place_copy(folder: Path, stage: Stage, result: Mapping[str, Any]) -> None:
     if stage.copy_to is None:
         return
     home, goal = stage_folder(folder, stage.name), folder / stage.copy_to
-    if (
-        goal.resolve() == home.resolve()
-        or goal.resolve().is_relative_to(home.resolve())
-        or home.resolve().is_relative_to(goal.resolve())
-    ):
+    stages = home.parent.resolve()
+    if goal.resolve().is_relative_to(stages) or stages.is_relative_to(goal.resolve()):
         raise UserError(
             f"recipe.stages.{stage.name}.copy_to: a place outside the stages; got {stage.copy_to!r}; use for example export"
         )

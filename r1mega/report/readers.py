@@ -227,11 +227,9 @@ def _figures(source: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _tokens_of(metrics: Sequence[Mapping[str, Any]]) -> float | None:
-    """Tokens of a whole run: the counter's last value where it only grows (pretraining, SFT), else the sum of its lines (RL)."""
+    """Tokens of a whole run: the counter's last value."""
     values = [value for line in metrics if (value := number(line.get("tokens"))) is not None]
-    if not values:
-        return None
-    return sum(values) if any("reward" in line for line in metrics) else values[-1]
+    return values[-1] if values else None
 
 
 def _seconds_of(metrics: Sequence[Mapping[str, Any]]) -> float | None:

@@ -32,15 +32,14 @@ class RolloutRow:
 
 @dataclass
 class RolloutBatch:
-    """One microbatch: ``tokens_BS, targets_BS`` int64, ``mask_BS`` bool, ``rollout_BS, old_BS, ref_BS, advantage_B`` float32."""
+    """One microbatch: ``tokens_BS, targets_BS`` int64, ``mask_BS`` bool, the rest float32. ``ref_BS``: None without a reference."""
 
     rows: list[RolloutRow]
     tokens_BS: torch.Tensor
     targets_BS: torch.Tensor
     mask_BS: torch.Tensor
-    rollout_BS: torch.Tensor
     old_BS: torch.Tensor
-    ref_BS: torch.Tensor
+    ref_BS: torch.Tensor | None
     advantage_B: torch.Tensor
 
     def split(self, values_BS: torch.Tensor) -> list[torch.Tensor]:
@@ -58,16 +57,15 @@ def _batch(rows: list[RolloutRow], pad_id: int, device: torch.device) -> Rollout
     width = max(row.size for row in rows)
     tokens = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)
-    values = torch.zeros(3, len(rows), width - 1)
+    old, ref = torch.zeros(2, len(rows), width - 1).unbind(0)
     for idx, row in enumerate(rows):
-        response = row.completion.token_ids
-        tokens[idx, : row.size] = torch.tensor(row.prompt + response)
+        tokens[idx, : row.size] = torch.tensor(row.prompt + row.completion.token_ids)
         place = slice(len(row.prompt) - 1, row.size - 1)
         mask[idx, place] = True
-        values[0, idx, place] = torch.tensor(row.completion.logprobs)
-        for channel, held in ((1, row.old), (2, row.ref)):
+        for values, held in ((old, row.old), (ref, row.ref)):
             if held is not None:
-                values[channel, idx, place] = held.cpu()
+                values[idx, place] = held.cpu()
     advantage = torch.tensor([row.advantage for row in rows], dtype=torch.float32)
-    parts = [tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask, *values.unbind(0), advantage]
-    return RolloutBatch(rows, *(part.to(device) for part in parts))
+    parts = [tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask, old]
+    has_reference = all(row.ref is not None for row in rows)
+    return RolloutBatch(rows, *(part.to(device) for part in parts), ref.to(device) if has_reference else None, advantage.to(device))

@@ -17,14 +17,22 @@ import torch
 from r1mega.config.rl import RlConfig
 from r1mega.data.problems import Problem, load_problems
 from r1mega.data.prompts import PromptStream
-from r1mega.data.tokenizer import encode_prompt
 from r1mega.rl.batch import RolloutBatch, RolloutRow, microbatches
 from r1mega.rl.loss import token_logprobs
 from r1mega.rl.metrics import mean_load, rollout_line
 from r1mega.rl.reward.runner import RewardRunner, total
-from r1mega.rl.setup import latest_or, open_engine, open_policy, open_run_mesh, open_tokenizer
+from r1mega.rl.setup import (
+    encode_prompts,
+    open_engine,
+    open_policy,
+    open_rewards,
+    open_run_mesh,
+    open_tokenizer,
+    response_text,
+)
 from r1mega.train import checkpoint
 from r1mega.train.checkpoint import TrainState
+from r1mega.train.manifest import check_same_command
 from r1mega.train.metrics import Metrics
 from r1mega.train.schedule import learning_rate
 from r1mega.train.trainee import StepResult
@@ -34,9 +42,7 @@ def rl(config: RlConfig) -> dict[str, Any]:
     """Reinforce ``config.init`` for ``rl.rollouts`` rollouts; the same call goes on from the last checkpoint."""
     mesh = open_run_mesh(config)
     init = checkpoint.resolve(config.init)
-    with RewardRunner(
-        config.reward.weights, config.reward.timeout_seconds, config.reward.memory_bytes, config.reward.workers
-    ) as rewards:
+    with open_rewards(config.reward, config.reward.weights) as rewards:
         loop = RlLoop(config, mesh, init, rewards)
         while loop.state.extra["rollouts"] < config.rl.rollouts:
             loop.rollout()
@@ -53,15 +59,20 @@ class RlLoop:
         if mesh.is_first:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         mesh.barrier()
-        self.tokenizer, self.parent, self.init = open_tokenizer(init), checkpoint.digest(init), init
+        self.tokenizer, self.parent = open_tokenizer(init), checkpoint.digest(init)
         self.policy = open_policy(config, init, mesh, config.optim, config.model)
-        self.prompts = PromptStream(
-            load_problems(config.data.problems, limit=config.data.limit), self.sizes.prompts_per_rollout, config.seed
-        )
+        problems = load_problems(config.data.problems, limit=config.data.limit)
+        context = self.policy.model_config.max_position_embeddings
+        encoded = encode_prompts(self.tokenizer, problems, self.sizes.sampling.max_new_tokens, context)
+        self.prompt_of = {problem.question: prompt for problem, prompt in zip(problems, encoded, strict=True)}
+        self.prompts = PromptStream(problems, self.sizes.prompts_per_rollout, config.seed)
         self.state = TrainState(extra={"rollouts": 0, "seconds": 0.0})
-        self.policy.copy_to_reference()
-        held, own = latest_or(config.init, self.checkpoints)
-        if own:
+        self.has_reference = getattr(config.policy_loss, "kl_coef", 0) > 0
+        if self.has_reference:
+            self.policy.copy_to_reference()
+        held = checkpoint.latest(self.checkpoints)
+        if held is not None:
+            check_same_command("rl", held)
             self.state = self.policy.load(held, weights_only=False)
             self.prompts.load_state_dict(self.state.cursor)
         self.advantages, self.loss = config.advantage.build(), config.policy_loss.build()
@@ -90,7 +101,7 @@ class RlLoop:
             number, sizes = self.state.extra["rollouts"], self.sizes
             mine = self.prompts.next()[self.mesh.data_rank :: self.mesh.data_size]
             problems = [problem for problem in mine for _ in range(sizes.group_size)]
-            prompts = [encode_prompt(self.tokenizer, problem.question) for problem in problems]
+            prompts = [self.prompt_of[problem.question] for problem in problems]
             seed = random.Random(f"{self.config.seed}:{number}:{self.mesh.data_rank}").getrandbits(62)
             completions = self.engine.generate(prompts, sizes.sampling, seed)
         return [RolloutRow(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)], problems
@@ -98,7 +109,7 @@ class RlLoop:
     def judge(self, rows: list[RolloutRow], problems: list[Problem]) -> dict[str, list[float]]:
         """Rewards by name and their weighted sum; sets the rows' advantages."""
         with self.timed("reward"):
-            records = self.rewards.score(problems, [self.tokenizer.decode(row.completion.token_ids) for row in rows])
+            records = self.rewards.score(problems, [response_text(self.tokenizer, row.completion) for row in rows])
             rewards = total(records, self.config.reward.weights)
             if self.sizes.shuffle_rewards:
                 rewards = self._shuffled(rewards)
@@ -119,7 +130,7 @@ class RlLoop:
         with self.timed("score"):
             batches = self.batches(rows)
             self._keep("old", batches)
-            if getattr(self.config.policy_loss, "kl_coef", 0) > 0:
+            if self.has_reference:
                 with self.policy.as_reference():
                     self._keep("ref", batches)
 
@@ -170,7 +181,7 @@ class RlLoop:
         result = self.policy.update(self.batches(rows), objective, learning_rate(self.config.optim, self.state.step, steps))
         self.state.step += 1
         refresh = self.sizes.ref_refresh_updates
-        if refresh and self.state.step % refresh == 0:
+        if self.has_reference and refresh and self.state.step % refresh == 0:
             self.policy.copy_to_reference()
         return result
 
@@ -199,7 +210,12 @@ class RlLoop:
         if number == self.sizes.rollouts or (every and number % every == 0):
             self.state.cursor = self.prompts.state_dict()
             self.policy.save(
-                self.state, self.checkpoints, keep_last=self.sizes.keep_last, tokenizer=str(self.tokenizer.path), parent=self.parent
+                self.state,
+                self.checkpoints,
+                keep_last=self.sizes.keep_last,
+                tokenizer=str(self.tokenizer.path),
+                parent=self.parent,
+                command="rl",
             )
 
     def finish(self) -> dict[str, Any]:

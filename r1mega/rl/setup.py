@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from r1mega.config.errors import UserError
+from r1mega.config.rl import RewardConfig
 from r1mega.config.run import ComputeConfig
 from r1mega.config.train import OptimConfig
-from r1mega.data.tokenizer import Tokenizer, load_tokenizer
+from r1mega.data.problems import Problem
+from r1mega.data.tokenizer import Tokenizer, encode_prompt, load_tokenizer
 from r1mega.device import open_device
 from r1mega.mesh import Mesh, open_mesh
+from r1mega.registry import lookup
 from r1mega.rl.engine import Engine, EngineRuntime
-from r1mega.train import checkpoint
+from r1mega.rl.reward.runner import RewardRunner
+from r1mega.rl.types import Completion
+from r1mega.train.manifest import tokenizer_of, tuned_model
 from r1mega.train.policy import Policy
-from r1mega.train.sft import tokenizer_of, tuned_model
 
 
 def open_run_mesh(config: ComputeConfig) -> Mesh:
@@ -52,7 +57,30 @@ def open_engine(choice: Any, policy: Policy, tokenizer: Tokenizer) -> Engine:
     return choice.build(runtime)
 
 
-def latest_or(init: str, folder: Path) -> tuple[Path, bool]:
-    """The checkpoint that a run goes on from, and whether it is its own (True) or the one to start from (False)."""
-    held = checkpoint.latest(folder)
-    return (held, True) if held is not None else (checkpoint.resolve(init), False)
+def encode_prompts(tokenizer: Tokenizer, problems: Sequence[Problem], max_new_tokens: int, context: int) -> list[list[int]]:
+    """The prompts of all problems. Raises UserError, before anything is generated, for one whose response would not fit."""
+    prompts = [encode_prompt(tokenizer, problem.question) for problem in problems]
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if len(prompt) + max_new_tokens > context:
+            raise UserError(
+                f"problem {problem.id}: prompt and response fit {context} tokens; got {len(prompt)} + {max_new_tokens}; "
+                f"drop the problem or use sampling.max_new_tokens={max(context - len(prompt), 1)}"
+            )
+    return prompts
+
+
+def response_text(tokenizer: Tokenizer, completion: Completion) -> str:
+    """What a reward judges: the response without its end token; other special tokens are written out, so that none is missed."""
+    ids = completion.token_ids
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids, skip_special=False)
+
+
+def open_rewards(config: RewardConfig, weights: Mapping[str, float]) -> RewardRunner:
+    """The reward processes for ``weights``, with knobs and limits of the config. Raises UserError for a knob that a reward lacks."""
+    made = {}
+    for name, knobs in config.options.items():
+        try:
+            made[name] = lookup("reward", name)(**knobs)
+        except TypeError as error:
+            raise UserError(f"reward.options.{name}: knobs that the reward has; got {error}; see its class") from error
+    return RewardRunner(weights, config.timeout_seconds, config.memory_bytes, config.workers, rewards=made)

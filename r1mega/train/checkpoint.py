@@ -1,17 +1,11 @@
 """Checkpoints: Megatron's distributed format inside a folder that is published by one rename, with a manifest of hashes.
 
-    checkpoints/step-00000100/
-      weights/         Megatron-Core's distributed checkpoint: parameters, expert biases, optimizer (layout-free)
-      tokenizer/       a copy of the run's tokenizer, when it has one
-      state.json       step, position in the data, model config, parent
-      manifest.json    sha256 and size of every other file; written last
-
-A folder without a manifest was never finished. Loading checks every hash first.
+Owns saving and loading of tensors; what the folder holds, and how it is found and checked, is in :mod:`r1mega.train.manifest`.
+Loading checks every hash first.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,10 +17,12 @@ import torch
 
 from r1mega.compat import megatron_writer
 from r1mega.config.errors import UserError
-from r1mega.config.model import ModelConfig, YarnConfig
+from r1mega.train import manifest
+from r1mega.train.manifest import digest, latest, read_model, read_state, resolve, verify
 from r1mega.train.trainee import Trainee
 
-MANIFEST = "manifest.json"
+__all__ = ["TrainState", "digest", "latest", "load", "read_model", "read_state", "resolve", "save", "verify"]
+
 SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -44,37 +40,6 @@ class TrainState:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def latest(folder: str | Path) -> Path | None:
-    """The newest finished checkpoint in a run's ``checkpoints`` folder; None without one."""
-    finished = [path for path in Path(folder).glob("step-*") if (path / MANIFEST).is_file()]
-    return max(finished, key=lambda path: int(path.name.split("-")[1]), default=None)
-
-
-def resolve(path: str | Path) -> Path:
-    """A checkpoint's folder from itself, a run's folder, or its ``checkpoints`` folder. Raises UserError when there is none."""
-    given = Path(path)
-    for candidate in (given, latest(given), latest(given / "checkpoints")):
-        if candidate is not None and (candidate / MANIFEST).is_file():
-            return candidate
-    raise UserError(f"checkpoint: a folder with {MANIFEST}, or a run's folder with checkpoints/; got {given}; check the path")
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint."""
-    return json.loads((path / "state.json").read_text())
-
-
-def read_model(path: str | Path) -> ModelConfig:
-    """The architecture of a checkpoint."""
-    values = read_state(resolve(path))["model"]
-    return ModelConfig(**{**values, "yarn": YarnConfig(**values["yarn"])})
-
-
-def digest(path: str | Path) -> str:
-    """A checkpoint's identity: sha256 of its manifest."""
-    return hashlib.sha256((resolve(path) / MANIFEST).read_bytes()).hexdigest()
-
-
 def save(
     trainee: Trainee,
     state: TrainState,
@@ -83,12 +48,13 @@ def save(
     keep_last: int,
     tokenizer: str | None,
     parent: str | None,
+    command: str,
     extra_tensors: dict[str, dict[str, torch.Tensor]] | None = None,
 ) -> Path:
     """Write a checkpoint of all ranks aside and publish it by rename; older ones beyond ``keep_last`` are removed.
 
-    ``parent``: the :func:`digest` of the checkpoint that the run started from. ``extra_tensors``: file name to tensors that every
-    rank holds alike (RL's reference).
+    ``parent``: the :func:`digest` of the checkpoint that the run started from; ``command``: whose run it is. ``extra_tensors``: file
+    name to tensors that every rank holds alike (RL's reference).
     """
     from megatron.core import dist_checkpointing
 
@@ -109,8 +75,9 @@ def save(
         for name, tensors in (extra_tensors or {}).items():
             torch.save(tensors, aside / name)
         record = {**asdict(state), "model": asdict(trainee.model_config), "parent": parent, "degrees": mesh.degrees}
+        record |= {"command": command, "dtype": str(trainee.dtype).removeprefix("torch.")}
         (aside / "state.json").write_text(json.dumps(record, indent=1))
-        _write_manifest(aside)
+        manifest.write(aside)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         _sync(folder)
@@ -133,7 +100,7 @@ def load(trainee: Trainee, path: str | Path, *, weights_only: bool = False) -> T
     if trainee.mesh.is_first:
         try:
             verify(source)
-            _check_same_model(trainee.model_config, read_model(source), source)
+            manifest.check_same_model(trainee.model_config, source)
         except UserError as error:
             failure = str(error)
     trainee.mesh.agree(failure)
@@ -148,20 +115,6 @@ def load(trainee: Trainee, path: str | Path, *, weights_only: bool = False) -> T
             trainee.optimizer.load_state_dict(loaded["optimizer"])
             trainee.mesh.device.set_rng_state(torch.load(source / "rng.pt", weights_only=True))
     return TrainState(record["step"], record["tokens"], record["cursor"], record["extra"])
-
-
-def verify(path: Path) -> None:
-    """Check every file of a checkpoint against its manifest. Raises UserError that names the first damaged or missing file."""
-    for name, entry in json.loads((path / MANIFEST).read_text())["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"checkpoint {path}: every file of the manifest is there; {name} is missing; use an older checkpoint")
-        if file.stat().st_size != entry["bytes"]:
-            raise UserError(
-                f"checkpoint {path}: {name} has {entry['bytes']} bytes; got {file.stat().st_size}; use an older checkpoint"
-            )
-        if _sha256(file) != entry["sha256"]:
-            raise UserError(f"checkpoint {path}: {name} matches its hash; got other content; use an older checkpoint")
 
 
 def _sharded(trainee: Trainee, *, loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
@@ -185,35 +138,6 @@ def _save_strategy():
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     return TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-
-
-def _check_same_model(wanted: ModelConfig, found: ModelConfig, source: Path) -> None:
-    from r1mega.config.train import TUNABLE_MODEL_FIELDS
-
-    free = {"name", "max_position_embeddings", "init_std", *TUNABLE_MODEL_FIELDS}
-    left, right = asdict(wanted), asdict(found)
-    differing = [f"{key} {right[key]} (model.{key}={left[key]})" for key in left if key not in free and left[key] != right[key]]
-    if differing:
-        raise UserError(
-            f"checkpoint {source}: it has the run's architecture; got {', '.join(differing)}; use its model or another run name"
-        )
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    with (folder / MANIFEST).open("w") as file:
-        json.dump({"files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

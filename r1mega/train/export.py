@@ -19,8 +19,8 @@ from r1mega.data.tokenizer import copy_tokenizer, load_tokenizer
 from r1mega.device import DTYPES, open_device
 from r1mega.mesh import open_mesh
 from r1mega.train import checkpoint
+from r1mega.train.manifest import tokenizer_of
 from r1mega.train.policy import Policy
-from r1mega.train.sft import tokenizer_of
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
@@ -29,11 +29,13 @@ def export(config: ExportConfig) -> dict[str, Any]:
         raise UserError(
             "parallel: export loads the whole model on each rank, whatever layout wrote it; got other degrees than 1; use 1"
         )
+    _check_target(Path(config.target))
     mesh = open_mesh(open_device(config.device), config.parallel, config.launch, config.seed)
     source = checkpoint.resolve(config.checkpoint)
     policy = Policy(checkpoint.read_model(source), None, mesh, config.precision.dtype)
     policy.load(source, weights_only=True)
-    dtype = policy.torch_dtype if config.dtype == "as_is" else DTYPES[config.dtype]
+    held = checkpoint.read_state(source).get("dtype", "float32")
+    dtype = getattr(torch, held) if config.dtype == "as_is" else DTYPES[config.dtype]
     result = {"target": config.target}
     if mesh.is_first:
         tokenizer = load_tokenizer(tokenizer_of(source))
@@ -42,6 +44,17 @@ def export(config: ExportConfig) -> dict[str, Any]:
         result |= _write(Path(config.target), policy, described, dtype, config.shard_bytes, tokenizer.path)
     mesh.barrier()
     return mesh.broadcast_object(result)
+
+
+def _check_target(target: Path) -> None:
+    """Only an earlier export is replaced. Raises UserError for a folder with anything else in it."""
+    if target.is_dir() and any(target.iterdir()):
+        try:
+            ours = json.loads((target / "config.json").read_text())["model_type"] == "deepseek_v3"
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        if not ours:
+            raise UserError(f"target: a new folder or an earlier export; got {target} with other files; use another target=")
 
 
 def _write(

@@ -16,9 +16,10 @@ import torch
 
 from r1mega.config.errors import UserError
 from r1mega.config.model import ModelConfig
+from r1mega.config.model_rules import check_model
 from r1mega.config.train import PretrainConfig, SftConfig
 from r1mega.data.loader import PretrainLoader, SftLoader, TokenBatch, validation_batches
-from r1mega.data.tokenfile import check_tokenizer
+from r1mega.data.tokenfile import TokenFile, check_tokenizer
 from r1mega.data.tokenizer import tokenizer_hash
 from r1mega.device import open_device, peak_tflops
 from r1mega.mesh import Mesh, open_mesh
@@ -26,6 +27,7 @@ from r1mega.model.flops import train_flops_per_token
 from r1mega.model.forward import TokenTensors, token_losses
 from r1mega.train import checkpoint
 from r1mega.train.checkpoint import TrainState
+from r1mega.train.manifest import check_same_command
 from r1mega.train.metrics import Metrics
 from r1mega.train.schedule import batch_size, learning_rate
 from r1mega.train.trainee import LossSum, StepResult, Trainee
@@ -72,8 +74,10 @@ def fit(config: PretrainConfig | SftConfig, model: ModelConfig, open_source: Cal
     """
     mesh = open_mesh(open_device(config.device), config.parallel, config.launch, config.seed)
     source = open_source(mesh)
-    for meta in source.loader.metas:
-        expected = tokenizer_hash(source.tokenizer) if source.tokenizer else None
+    check_model(model, config.parallel)
+    expected = tokenizer_hash(source.tokenizer) if source.tokenizer else None
+    metas = source.loader.metas + ([TokenFile(config.data.valid).meta] if config.data.valid else [])
+    for meta in metas:
         check_tokenizer(meta, tokenizer_hash=expected, vocab_size=model.vocab_size)
     trainee = Trainee(model, config.optim, mesh, config.precision.dtype)
     run = _Run(config, model, mesh, source, trainee)
@@ -91,6 +95,8 @@ class _Run:
         self.folder = Path(config.out)
         self.checkpoints = self.folder / "checkpoints"
         self.segments = isinstance(source.loader, SftLoader)
+        self.command = "sft" if self.segments else "pretrain"
+        self.valid = self._validation() if config.data.valid else []  # opened now: a bad file must not end a run at its end
         self.state = TrainState()
         self.parent = checkpoint.digest(source.init) if source.init else None
         self.valid_loss: float | None = None
@@ -103,6 +109,7 @@ class _Run:
         self.mesh.barrier()
         held = checkpoint.latest(self.checkpoints)
         if held is not None:
+            check_same_command(self.command, held)
             self.state = checkpoint.load(self.trainee, held)
             self.source.loader.load_state_dict(self.state.cursor)
             self.valid_loss = self.state.extra.get("valid_loss")
@@ -165,7 +172,7 @@ class _Run:
             line["valid_loss"] = self.valid_loss
         return line
 
-    def _validate(self) -> float:
+    def _validation(self) -> list[TokenTensors]:
         data, trainer, mesh = self.config.data, self.trainer, self.mesh
         batches = validation_batches(
             data.valid,
@@ -175,10 +182,11 @@ class _Run:
             rank=mesh.data_rank,
             world=mesh.data_size,
         )
-        parts = [
-            part for batch in batches for part in tensors(batch, trainer.micro_batch_size, mesh.device.torch_device, segments=True)
-        ]
-        return self.trainee.evaluate(parts, token_losses, masked_sum)[0]
+        size, device = trainer.micro_batch_size, mesh.device.torch_device
+        return [part for batch in batches for part in tensors(batch, size, device, segments=True)]
+
+    def _validate(self) -> float:
+        return self.trainee.evaluate(self.valid, token_losses, masked_sum)[0]
 
     def _save(self) -> None:
         self.state.cursor = self.source.loader.state_dict()
@@ -190,6 +198,7 @@ class _Run:
             keep_last=self.trainer.keep_last,
             tokenizer=self.source.tokenizer,
             parent=self.parent,
+            command=self.command,
         )
 
     def finish(self) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 class Metrics:
     """Writer of one run's metrics. ``total``: steps of the run, for the bar; ``done``: steps that an earlier process made.
 
-    Lines of steps at or after ``done`` (a run that was cut off after its last checkpoint) are dropped from the file first, so that
-    a step stands once.
+    Lines of steps after ``done`` (a run that was cut off after its last checkpoint) are dropped from the file first, so that a step
+    stands once.
     """
 
     def __init__(self, folder: Path, key: str, total: int, done: int, *, active: bool):
@@ -26,7 +26,7 @@ class Metrics:
         aside.write_text("".join(_lines_before(path, key, done)))
         aside.replace(path)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self._bar = tqdm(total=total, initial=done, unit=key, dynamic_ncols=True, mininterval=1.0, desc=folder.name)
 
     def log(self, values: dict[str, Any]) -> None:

@@ -102,9 +102,16 @@ class Policy:
             self._reference = torch.load(held, weights_only=True, map_location=self.mesh.device.torch_device)
         return state
 
-    def save(self, state: TrainState, folder: Path, *, keep_last: int, tokenizer: str, parent: str | None) -> Path:
+    def save(self, state: TrainState, folder: Path, *, keep_last: int, tokenizer: str, parent: str | None, command: str) -> Path:
         """Write a checkpoint with the reference beside the weights."""
         extra = {"reference.pt": self._reference} if self._reference is not None else {}
         return checkpoint.save(
-            self._trainee, state, folder, keep_last=keep_last, tokenizer=tokenizer, parent=parent, extra_tensors=extra
+            self._trainee,
+            state,
+            folder,
+            keep_last=keep_last,
+            tokenizer=tokenizer,
+            parent=parent,
+            command=command,
+            extra_tensors=extra,
         )

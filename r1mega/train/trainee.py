@@ -6,6 +6,7 @@ of a microbatch is a sum; gradients are divided by the sum of the microbatches' 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from r1mega.compat import megatron_balance
+from r1mega.config.errors import UserError
 from r1mega.config.model import ModelConfig
 from r1mega.config.train import OptimConfig
 from r1mega.device import DTYPES
@@ -118,9 +120,10 @@ class Trainee:
         loss: Callable[[Any, Any], LossSum],
         lr: float,
     ):
-        """One optimizer step over this rank's microbatches (all of one ``[B, S]``).
+        """One optimizer step over this rank's microbatches.
 
-        ``forward(model, batch)`` gives the model's output; ``loss(output, batch)`` its :data:`LossSum`, on the last stage.
+        ``forward(model, batch)`` gives the model's output; ``loss(output, batch)`` its :data:`LossSum`. Raises UserError, on all
+        ranks together, for a loss or a gradient that is not finite; the weights are spoilt then, and nothing of them is saved.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
@@ -128,11 +131,15 @@ class Trainee:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         total, count, stats = self._run(microbatches, forward, loss, forward_only=False)
-        updated, grad_norm, _ = self.optimizer.step()
+        _, grad_norm, _ = self.optimizer.step()
+        mean, norm = total / max(count, 1), float(grad_norm or 0.0)
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            raise UserError(
+                f"training: loss and gradient norm are finite; got {mean} and {norm}; lower optim.lr or set optim.clip_grad; the "
+                "same command goes on from the last checkpoint"
+            )
         aux, mtp = self._side_losses(len(microbatches))
-        return StepResult(
-            total / max(count, 1), count, float(grad_norm or 0.0), {**stats, "updated": float(updated)}, aux, mtp, self._take_load()
-        )
+        return StepResult(mean, count, norm, stats, aux, mtp, self._take_load())
 
     def evaluate(self, microbatches: list[Any], forward: Callable, loss: Callable[[Any, Any], LossSum]) -> tuple[float, int]:
         """Mean loss and item count of this rank's microbatches over all ranks, without gradients."""
@@ -194,15 +201,14 @@ class Trainee:
 
         From Megatron's trackers, which are emptied.
         """
-        from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
         from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-        aux = sum(float(entry["values"].sum()) for entry in get_moe_layer_wise_logging_tracker().values())
-        clear_aux_losses_tracker()
-        mtp = 0.0
-        if "values" in MTPLossLoggingHelper.tracker:
-            mtp = float(MTPLossLoggingHelper.tracker["values"].mean())
-            MTPLossLoggingHelper.clean_loss_in_tracker()
+        balance, prediction = get_moe_layer_wise_logging_tracker(), MTPLossLoggingHelper.tracker
+        aux = sum(float(entry["values"].sum()) for entry in balance.values())
+        mtp = float(prediction["values"].mean()) if "values" in prediction else 0.0
+        balance.clear()  # not only zeroed: the next model of this process may have more layers
+        prediction.clear()
         # a tensor or context rank holds its part of the balance loss, and the whole MTP loss of its own tokens
         mesh, parallel = self.mesh, self.mesh.parallel
         both = mesh.sum_everywhere(torch.tensor([aux, mtp], dtype=torch.float64, device=mesh.device.torch_device))

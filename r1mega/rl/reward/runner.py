@@ -159,7 +159,11 @@ class RewardRunner:
         return ""
 
     def _ended(self, worker: _Worker) -> str:
-        status = worker.process.wait()
+        try:
+            status = worker.process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:  # it closed its pipe and lives on
+            worker.kill()
+            return "its process closed its pipe"
         if status == worker_module.OUT_OF_MEMORY:
             return f"memory limit of {self.memory_bytes} bytes"
         return f"its process ended with status {status}"
