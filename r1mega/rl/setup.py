@@ -76,7 +76,7 @@ def response_text(tokenizer: Tokenizer, completion: Completion) -> str:
 
 
 def open_rewards(config: RewardConfig, weights: Mapping[str, float]) -> RewardRunner:
-    """The reward processes for ``weights``, with knobs and limits of the config. Raises UserError for a knob that a reward lacks."""
+    """The reward processes for ``weights``, with knobs and limits of the config. Raises UserError for an unknown knob."""
     made = {}
     for name, knobs in config.options.items():
         try:

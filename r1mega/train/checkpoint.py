@@ -53,8 +53,8 @@ def save(
 ) -> Path:
     """Write a checkpoint of all ranks aside and publish it by rename; older ones beyond ``keep_last`` are removed.
 
-    ``parent``: the :func:`digest` of the checkpoint that the run started from; ``command``: whose run it is. ``extra_tensors``: file
-    name to tensors that every rank holds alike (RL's reference).
+    ``parent``: the :func:`digest` of the checkpoint that the run started from; ``command``: whose run it is. ``extra_tensors``:
+    file name to tensors that every rank holds alike (RL's reference).
     """
     from megatron.core import dist_checkpointing
 

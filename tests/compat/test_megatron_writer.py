@@ -34,7 +34,7 @@ def test_a_checkpoint_is_written_without_another_process(writer, tmp_path: Path,
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
     trainee = Trainee(MODEL, OPTIM, one_rank(), "fp32")
     trainee.allocate_moments()
-    path = checkpoint.save(trainee, TrainState(step=1), tmp_path, keep_last=1, tokenizer=None, parent=None)
+    path = checkpoint.save(trainee, TrainState(step=1), tmp_path, keep_last=1, tokenizer=None, parent=None, command="pretrain")
     assert isinstance(writer._results_queue, queue.Queue) and writer._results_queue.empty()
     checkpoint.verify(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from r1mega import cli
+from r1mega.config.compose import preset
 from r1mega.data.tokenfile import TokenFileWriter
 
 GOOD = {"question": "What is 1 plus 1?", "answer": "2"}
@@ -20,8 +22,13 @@ def folder(tmp_path: Path) -> Path:
     with TokenFileWriter(tmp_path / "text", vocab_size=512, eos_id=1, tokenizer_hash="0" * 64) as writer:
         for _ in range(20):
             writer.add(list(range(2, 62)))
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "manifest.json").write_text("{}")
+    model = dataclasses.asdict(preset("model", "tiny"))
+    for name, command, changes in (("checkpoint", "sft", {}), ("run/checkpoints/step-00000001", "pretrain", {"num_experts": 32})):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "manifest.json").write_text('{"files": {}}')
+        (tmp_path / name / "state.json").write_text(json.dumps({"command": command, "model": {**model, **changes}}))
+    (tmp_path / "folder_with_files").mkdir()
+    (tmp_path / "folder_with_files" / "thesis.txt").write_text("all of it")
     lines = {
         "good": json.dumps(GOOD),
         "not_json": json.dumps(GOOD) + "\n{half",
@@ -45,14 +52,14 @@ def run(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 
 PRETRAIN = (
     "pretrain",
-    "out={folder}/run",
+    "out={folder}/new",
     "data.train={{{folder}/text:1}}",
     "data.sequence_length=32",
     "trainer.steps=2",
     "optim.warmup_steps=0",
     "trainer.micro_batch_size=4",
 )
-RL = ("rl", "out={folder}/run", "init={folder}/checkpoint", "rl.rollouts=2")
+RL = ("rl", "out={folder}/new", "init={folder}/checkpoint", "rl.rollouts=2")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +92,15 @@ RL = ("rl", "out={folder}/run", "init={folder}/checkpoint", "rl.rollouts=2")
         (("recipe", "recipe=quickstrat"), ["recipe", "quickstart"]),
         (("report", "run={folder}/nothing"), ["nothing"]),
         (("eval", "data.problems={folder}/good.jsonl"), ["checkpoint", "needed"]),
+        ((*PRETRAIN, "out={folder}/run"), ["step-00000001", "num_experts 32 (model.num_experts=16)"]),
+        (
+            ("sft", "out={folder}/run", "init={folder}/checkpoint", "data.train={{{folder}/text:1}}", "trainer.steps=2"),
+            ["sft", "pretrain wrote"],
+        ),
+        (("chat", "checkpoint={folder}/folder_with_files"), ["checkpoint", "manifest.json"]),
+        (("export", "checkpoint={folder}/checkpoint", "target={folder}/folder_with_files"), ["target", "other files"]),
+        ((*PRETRAIN, "parallel.pipeline=2", "launch.processes=2"), ["parallel.pipeline", "not serve"]),
+        ((*PRETRAIN, "out={folder}/good.jsonl/run"), ["good.jsonl"]),
     ],
 )
 def test_a_wrong_input_is_one_clear_line(
@@ -94,7 +110,7 @@ def test_a_wrong_input_is_one_clear_line(
     for text in says:
         assert text in error
     for line in error.strip().splitlines():
-        assert line.count(";") >= 1, f"where: rule; got value; way out: {line}"
+        assert line.count(";") >= 2 and "got" in line, f"where: rule; got value; way out: {line}"
 
 
 @pytest.mark.parametrize(("cut", "name"), [(10, "bin"), (0, "bin"), (5, "idx")])

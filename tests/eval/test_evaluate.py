@@ -18,7 +18,7 @@ from tests.train.cases import CPU, pretrain_config, write_data
 
 
 def response(text: str, correct: bool, well_formed: bool = True, tokens: int = 10, truncated: bool = False) -> dict:
-    return {"text": text, "correct": correct, "well_formed": well_formed, "tokens": tokens, "truncated": truncated}
+    return {"text": text, "correct": correct, "well_formed": well_formed, "tokens": tokens, "truncated": truncated, "failed": False}
 
 
 ENTRIES = [
@@ -44,7 +44,7 @@ def test_summary_by_hand() -> None:
     assert got["standard_error"] == pytest.approx((39 / 144 / 3) ** 0.5)
     assert got["format_rate"] == pytest.approx(6 / 12)
     assert got["response_length"] == pytest.approx(140 / 12) and got["tokens"] == 140
-    assert got["truncated"] == pytest.approx(1 / 12)
+    assert got["truncated"] == pytest.approx(1 / 12) and got["reward_failed"] == 0
     assert (got["num_problems"], got["samples"], got["temperature"]) == (3, 4, 0.6)
     assert summarise(ENTRIES[:1], config)["standard_error"] == 0.0
 
@@ -94,7 +94,7 @@ def test_asking_twice_gives_the_same_and_another_seed_another(place: Path, tmp_p
     told = json.loads((tmp_path / "one/eval.json").read_text())
     evaluate(ask(place, tmp_path / "two"))
     again = json.loads((tmp_path / "two/eval.json").read_text())
-    assert {**told, "seconds": 0} == {**again, "seconds": 0}
+    assert {**told, "seconds": 0, "kept": 0} == {**again, "seconds": 0, "kept": 0}
     assert (first["num_problems"], first["samples"], first["kept"]) == (4, 3, 0) and 0 <= first["pass_at_1"] <= 1
     assert [len(entry["responses"]) for entry in told["examples"]] == [3] * 4
     assert [entry["question"] for entry in told["examples"]] == ["0+1", "1+1", "2+1", "3+1"]

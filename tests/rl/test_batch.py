@@ -25,9 +25,10 @@ def test_one_microbatch_by_hand() -> None:
     assert batch.tokens_BS.tolist() == [[1, 6, 9, 9], [1, 2, 3, 4]]
     assert batch.targets_BS.tolist() == [[6, 9, 9, 9], [2, 3, 4, 5]]
     assert batch.mask_BS.tolist() == [[True, False, False, False], [False, False, True, True]]
-    assert batch.rollout_BS.tolist() == [[-3.0, 0, 0, 0], [0, 0, -0.5, -0.25]]
     torch.testing.assert_close(batch.old_BS, torch.tensor([[0, 0, 0, 0], [0, 0, -0.4, -0.2]]))
-    assert batch.ref_BS.tolist() == [[0, 0, 0, 0], [0, 0, -1.0, -2.0]]
+    assert batch.ref_BS is None, "SHORT has no reference: zeros in its place would be log-probabilities of 0"
+    (scored,) = microbatches([LONG], 2, PAD, torch.device("cpu"))
+    assert scored.ref_BS.tolist() == [[0, 0, -1.0, -2.0]]
     assert batch.advantage_B.tolist() == [-0.5, 1.5]
     assert (batch.tokens_BS.dtype, batch.mask_BS.dtype, batch.old_BS.dtype, batch.advantage_B.dtype) == (
         torch.int64,

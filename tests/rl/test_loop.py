@@ -87,14 +87,14 @@ class Digits:
 
 @pytest.fixture
 def digits(monkeypatch) -> None:
-    monkeypatch.setattr("r1mega.rl.loop.RewardRunner", Digits)
+    monkeypatch.setattr("r1mega.rl.setup.RewardRunner", Digits)
 
 
 @pytest.fixture(scope="module")
 def straight(place: Path) -> dict[str, Any]:
     """Two rollouts in one go."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("r1mega.rl.loop.RewardRunner", Digits)
+        patch.setattr("r1mega.rl.setup.RewardRunner", Digits)
         return rl(config(place, place / "straight"))
 
 

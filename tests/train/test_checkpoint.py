@@ -13,6 +13,7 @@ import torch
 from r1mega.config.errors import UserError
 from r1mega.train import checkpoint
 from r1mega.train.checkpoint import TrainState
+from r1mega.train.manifest import check_same_command
 from r1mega.train.pretrain import pretrain
 from r1mega.train.trainee import Trainee
 from tests.train.cases import MODEL, OPTIM, one_rank, pretrain_config
@@ -129,7 +130,7 @@ def test_a_save_that_is_cut_off_leaves_the_old_one(train_data: Path, tmp_path: P
         raise OSError("no space left")
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(checkpoint, "_write_manifest", cut)
+        patch.setattr("r1mega.train.manifest.write", cut)
         pretrain(pretrain_config(train_data, out, 2))
     assert checkpoint.digest(out) == digest
     checkpoint.verify(checkpoint.resolve(out))
@@ -143,8 +144,33 @@ def test_old_ones_are_removed_and_the_parent_is_kept(copy: Path, tmp_path: Path)
     folder = tmp_path / "kept"
     extra = {"reference.pt": {"x": torch.ones(2)}}
     for step in (1, 2, 3):
-        path = checkpoint.save(trainee, TrainState(step), folder, keep_last=2, tokenizer=None, parent="abc", extra_tensors=extra)
+        path = checkpoint.save(
+            trainee, TrainState(step), folder, keep_last=2, tokenizer=None, parent="abc", command="rl", extra_tensors=extra
+        )
     assert sorted(held.name for held in folder.iterdir()) == ["step-00000002", "step-00000003"]
     assert checkpoint.read_state(path)["parent"] == "abc"
     assert torch.equal(torch.load(path / "reference.pt", weights_only=True)["x"], torch.ones(2))
     checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_a_record_that_is_no_json_is_named_by_whoever_reads_it_first(copy: Path, name: str) -> None:
+    (copy / name).write_text("{half")
+    with pytest.raises(UserError, match=f"{name} is readable JSON"):
+        (checkpoint.verify if name == "manifest.json" else checkpoint.read_model)(copy)
+
+
+def test_another_commands_checkpoint_is_refused(train_data: Path, tmp_path: Path) -> None:
+    pretrain(pretrain_config(train_data, tmp_path / "run", 1))
+    with pytest.raises(UserError, match="^out: sft goes on in its own folder; got one that pretrain wrote"):
+        check_same_command("sft", checkpoint.resolve(tmp_path / "run"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(train_data: Path, tmp_path: Path, monkeypatch) -> None:
+    def spoilt(losses, batch):
+        return (losses * float("nan")).sum(), 1, {}
+
+    monkeypatch.setattr("r1mega.train.fit.masked_sum", spoilt)
+    with pytest.raises(UserError, match="loss and gradient norm are finite; got nan"):
+        pretrain(pretrain_config(train_data, tmp_path / "run", 1))
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is None
