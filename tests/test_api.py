@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import json
 import sys
 import types
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import yaml
 
 from r1mega import api
-from r1mega.config.compose import compose, load_config
+from r1mega.config.compose import compose, load_config, preset
 from r1mega.config.data import ReportConfig
 from r1mega.config.errors import UserError
 from r1mega.config.rl import ExportConfig, RlConfig
@@ -31,7 +33,9 @@ def stub(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "given").mkdir()
-    (tmp_path / "given" / "file.jsonl").write_text("{}\n")
+    (tmp_path / "given" / "file.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    (tmp_path / "given" / "manifest.json").write_text("{}")
+    (tmp_path / "given" / "state.json").write_text(json.dumps({"model": dataclasses.asdict(preset("model", "tiny"))}))
     return tmp_path
 
 

@@ -69,11 +69,19 @@ def test_the_export_loads_in_transformers_and_answers(run_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(run_folder / "export")
     model = AutoModelForCausalLM.from_pretrained(run_folder / "export", dtype=torch.float32)
     right = 0
-    for question, answer in (("3 + 4 - 5", "2"), ("9 + 8 + 7", "24"), ("1 - 6 + 2 + 2", "-1"), ("5 + 5 + 5", "15")):
+    sums = {
+        "3 + 4 - 5 + 1": 3,
+        "9 + 8 + 7 - 4": 20,
+        "1 - 6 + 2 + 2": -1,
+        "5 + 5 + 5 + 5": 20,
+        "8 - 3 - 1 + 6 + 2": 12,
+        "0 + 7 - 9 - 4": -6,
+    }
+    for question, answer in sums.items():
         text = f"State the final answer to the following arithmetic problem: {question} ="
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
         drawn = model.generate(ids, max_new_tokens=64, do_sample=False)
         right += f"<answer>{answer}</answer>" in tokenizer.decode(drawn[0, ids.shape[1] :])
-    assert right >= 3
+    assert right >= 4

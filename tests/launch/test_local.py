@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from r1mega import api
+from r1mega.config.compose import preset
 from r1mega.launch.local import LaunchError, free_port, rank_env, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +142,8 @@ def test_no_rank_outlives_the_launcher(tmp_path, number, status) -> None:
 def test_a_command_with_processes_returns_the_first_ranks_result(tmp_path, monkeypatch) -> None:
     """``launch.processes=2`` from Python: the same arguments once a rank, the result back, one config saved."""
     (tmp_path / "given").mkdir()
-    (tmp_path / "given" / "file").write_text("")
+    (tmp_path / "given" / "manifest.json").write_text("{}")
+    (tmp_path / "given" / "state.json").write_text(json.dumps({"model": dataclasses.asdict(preset("model", "tiny"))}))
     # A stub command reaches the ranks through sitecustomize, which python imports by itself.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, types, os\n"
