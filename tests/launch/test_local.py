@@ -123,8 +123,8 @@ def test_a_rank_that_ignores_the_polite_signal_is_killed(tmp_path) -> None:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_no_rank_outlives_the_launcher(tmp_path, number, status) -> None:
     arguments = script(tmp_path, "(folder / f'pid{rank}').write_text(str(os.getpid())); time.sleep(60)")
-    parent = (
-        "import sys\nfrom r1mega.launch.local import start_ranks\n"
+    parent = (  # a background job of a shell starts with SIGINT ignored, and its children with it
+        "import signal, sys\nfrom r1mega.launch.local import start_ranks\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"try: start_ranks({arguments!r}, 2)\nexcept KeyboardInterrupt: sys.exit(130)"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, start_new_session=True)
