@@ -59,7 +59,8 @@ def test_trainer_and_engine_agree_at_every_step(run_folder: Path) -> None:
     for stage in ("grpo_1", "control", "grpo_2"):
         lines = [json.loads(line) for line in (run_folder / "stages" / stage / "metrics.jsonl").read_text().splitlines()]
         assert lines and max(line["rollout_diff_mean"] for line in lines) < 1e-5
-        # a token whose router scores lie within rounding of a tie goes to another expert in the other program: rare, and by much
+        # router scores within rounding of a tie send a token to another expert in the other program: rare, and by much; one such
+        # outlier was traced to a gap of 5e-8 (docs/LOG.md), about one rollout in fifty
         assert sum(line["rollout_diff_max"] >= 1e-4 for line in lines) <= len(lines) // 10
 
 
