@@ -47,7 +47,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     numbered = list(zip(range(len(problems)), problems, encoded, strict=True))[mesh.data_rank :: mesh.data_size]
     results: list[dict[str, Any]] = []
     with (
-        open_rewards(config.reward, {"accuracy": 1.0, "format": 1.0}) as rewards,
+        open_rewards(config.reward, {"accuracy": 1.0, "format": 1.0}, by_source={}) as rewards,
         tqdm(total=len(numbered), unit="problem", desc=Path(config.out).name, disable=not mesh.is_first, mininterval=1.0) as bar,
     ):
         for start in range(0, len(numbered), config.batch_prompts):

@@ -6,6 +6,7 @@ Each check takes a choice (or its class), raises AssertionError naming the broke
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -68,20 +69,30 @@ def check_policy_loss(cls: type) -> None:
 
 
 def check_reward(choice: object) -> None:
-    """Deterministic; a range is declared and kept; garbage scores at most half the range and never raises."""
+    """Deterministic; a range is declared and kept; garbage, in any script and of any length, scores low and never raises.
+
+    Low: at most half of the range.
+    """
     low, high = type(choice).value_range
+    assert math.isfinite(low) and math.isfinite(high) and low < high, f"the declared range [{low}, {high}] is one"
     score = choice.build()
     problem = SimpleNamespace(id="1", question="What is 1700 + 29?", answer="1729", source="numbers", metadata={}, solution=None)
     draw = random.Random(0)
-    alphabet = "1729<>/\\{}$%^,.- \n" + "thinkanswer\u0660\u200b\U0001f600"
+    alphabet = "1729<>/\\{}$%^,.- \n" + "thinkanswer\u0660\u200b\U0001f600\u7b54\u0301\u05d0`"
     garbage = ["", " ", "1729", "\x00", "\ud800", "<answer>" * 500, "</think>" * 500, "<answer>1/0</answer>", "9" * 10_000]
     garbage += ["".join(draw.choices(alphabet, k=60)) for _ in range(100)]
     tail = "</think><answer>{}</answer> and more"
     garbage += [tail.format(piece) for piece in garbage if piece != problem.answer]
+    garbage += [mark * 20_000 for mark in ("\\(", "$", "`", "(A) ", "\u0301", "\u7b54", "'", "a ")]
     for response in garbage:
         value = score(problem, response)
         assert isinstance(value, float) and low <= value <= high, f"{value!r} is a float in the declared range [{low}, {high}]"
-        assert value <= (low + high) / 2, f"garbage scores low; {response!r} got {value}"
+        assert value <= (low + high) / 2, f"garbage scores low; {response[:100]!r} got {value}"
+        assert value == score(problem, response), "the same response gets the same value"
+    good = "The sum is one thousand seven hundred and twenty-nine.</think><answer>1729</answer>"
+    for response in (good, good.replace("sum", "\ud800"), good * 3, f"{'why ' * 20_000}{good}"):
+        value = score(problem, response)
+        assert isinstance(value, float) and low <= value <= high, f"{value!r} is a float in the declared range [{low}, {high}]"
         assert value == score(problem, response), "the same response gets the same value"
 
 

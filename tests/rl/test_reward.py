@@ -80,6 +80,29 @@ def test_same_answer(reference, answer, same):
     assert same_answer(reference, answer) is same
 
 
+@pytest.mark.parametrize("reference, right, wrong", [
+    ("\\frac{1}{2}", ["\\dfrac12", "0.5", "\\tfrac{2}{4}", "1/2"], ["\\frac{1}{3}", "\\frac{2}{1}"]),
+    ("1\\frac{1}{2}", ["\\frac{3}{2}", "1.5"], ["\\frac{1}{2}"]),
+    ("\\{1, 2\\}", ["\\{2,1\\}", "1, 2"], ["\\{1,2,3\\}", "\\{1\\}"]),
+    ("(1, 2)", ["(1,2.0)", "\\left(1, 2\\right)"], ["(2, 1)", "[1, 2]", "(1, 2, 3)"]),
+    ("[0, 1)", ["[0,1)"], ["[0,1]", "(0,1]", "(0,1)"]),
+    ("(-\\infty, 2] \\cup [3, \\infty)", ["[3,\\infty)\\cup(-\\infty,2]"], ["(-\\infty, 2]", "(2, 3)"]),
+    ("5 \\text{ cm}", ["5", "5 cm", "5\\,\\mathrm{cm}"], ["6 \\text{ cm}"]),
+    ("90^\\circ", ["90", "90^{\\circ}"], ["80^\\circ"]),
+    ("x = 3", ["3", "x=3"], ["x=4", "y=3", "4"]),
+    ("y = 2x + 1", ["2x+1", "2x+1=y", "y=1+2x"], ["y=2x+2", "2x"]),
+    ("x = 1, x = 2", ["1, 2", "x=1 \\text{ or } x=2"], ["1", "1, 3"]),
+    ("\\pm 2", ["2, -2", "\\{-2, 2\\}"], ["2", "\\pm 3"]),
+    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", ["\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}"], ["\\begin{pmatrix}1&2\\\\4&3\\end{pmatrix}"]),
+    ("x > 3", ["3 < x", "(3, \\infty)"], ["x < 3", "x \\ge 3"]),
+    ("2\\cdot 10^{3}", ["2000", "2,000"], ["200"]),
+    ("12", ["12", "x = 12"], ["12 \\text{ or } 13", "\\boxed{12} \\boxed{13}", "$12$ $13$", "11, 12, 13", "x"]),
+])  # fmt: skip
+def test_latex_through_math_verify(reference, right, wrong):
+    assert [answer for answer in right if not same_answer(reference, answer)] == []
+    assert [answer for answer in wrong if same_answer(reference, answer)] == []
+
+
 def test_numbers_are_exact_and_bounded():
     assert parse_number("0.1") * 3 == parse_number("0.3")
     assert (

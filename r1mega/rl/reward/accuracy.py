@@ -1,7 +1,9 @@
 """The accuracy reward: is the answer right; in: a problem and a response's text, out: 1 or 0. Asks no model.
 
 The answer stands in the answer tags after the reasoning is closed. Sources ``reasoning_gym:NAME`` are judged by that data set's own
-scorer, and only its full score counts; every other source by number, then by text, then by math-verify where there is LaTeX.
+scorer, and only its full score counts: partial credit is 0. A reference that is a choice (:mod:`r1mega.rl.reward.choice`) is judged
+by the letter that the answer means, every other one by number, then by text, then by math-verify where there is LaTeX. math-verify
+leaves units out: 5 cm is 5, and 5 m.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any, ClassVar
 
 from r1mega.config.knob import at_least, knob
 from r1mega.registry import register
+from r1mega.rl.reward.choice import answer_letter, reference_letter
 from r1mega.rl.reward.format import extract_answer
 
 GYM = "reasoning_gym:"
@@ -59,6 +62,9 @@ class _Accuracy:
             return 0.0
         if problem.source.startswith(GYM):
             return self.gym_score(problem, answer)
+        letter, choices = reference_letter(problem)
+        if letter is not None:
+            return 1.0 if answer_letter(answer, choices, same_answer) == letter else 0.0
         return 1.0 if same_answer(problem.answer, answer) else 0.0
 
     def gym_score(self, problem: Any, answer: str) -> float:

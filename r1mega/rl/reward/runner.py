@@ -1,19 +1,15 @@
 """Rewards under limits: runs calls in processes that are killed at their time or memory limit, and records what each one said.
 
 In: problems and responses; out: one :class:`~r1mega.rl.types.RewardRecord` a reward and response, in order. Computes no reward
-itself and imports no torch. A call that hangs, crashes, raises or answers nonsense is a failure with value 0, and the rest goes on.
+itself and imports no torch. A call that hangs, crashes, raises, answers nonsense, or leaves a process or a thread behind is a
+failure with value 0, and the rest goes on. What a call must keep to is in :mod:`r1mega.rl.reward.worker`, what holds it in
+:mod:`r1mega.rl.reward.keeper`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import pickle
 import select
-import signal
-import struct
-import subprocess
 import sys
 import time
 from collections import deque
@@ -22,22 +18,21 @@ from typing import Any, Self
 
 from r1mega.config.errors import UserError
 from r1mega.registry import lookup
-from r1mega.rl.reward import worker as worker_module
+from r1mega.rl.reward.mix import names_of, weights_of
+from r1mega.rl.reward.process import START_SECONDS, RewardProcess
 from r1mega.rl.types import RewardRecord
 
-START_SECONDS = 120.0
-"""Longest start of a process, and longest loading of what one source needs."""
-LONGEST_REPORT = 1 << 16
 LARGEST_CHUNK = 256
 
 
 class RewardRunner:
     """Scores responses with several rewards in ``workers`` processes; a context manager.
 
-    ``weights``: reward name (registered, or a dotted class path) to weight, see :func:`total`. ``timeout_seconds``: wall-clock
-    limit of one call. ``memory_bytes``: address space of one process. ``rewards``: choices by name where the knobs are not the
-    defaults; their classes must be importable. The processes live in sessions of their own, end with the thread that made them
-    (Linux) and with :meth:`close`. Raises UserError for an unknown or unbuildable reward, or a memory limit too small to start.
+    ``weights``: reward name (registered, or a dotted class path) to weight; ``by_source``: other weights for some sources, see
+    :mod:`r1mega.rl.reward.mix`. ``timeout_seconds``: wall-clock limit of one call. ``memory_bytes``: address space of one process.
+    ``rewards``: choices by name where the knobs are not the defaults; their classes must be importable. ``namespace``: whether the
+    processes may be kept in a PID namespace. They end with this process and with :meth:`close`. Raises UserError for an unknown or
+    unbuildable reward, or a memory limit too small to start.
     """
 
     def __init__(
@@ -47,18 +42,23 @@ class RewardRunner:
         memory_bytes: int = 2 << 30,
         workers: int = 1,
         rewards: Mapping[str, object] | None = None,
+        by_source: Mapping[str, Mapping[str, float]] | None = None,
+        namespace: bool = True,
     ):
-        if not weights:
+        self.weights, self.by_source = weights, by_source or {}
+        self.names = names_of(weights, self.by_source)
+        if not self.names:
             raise UserError("reward.weights: at least one reward; got none; use accuracy and format")
-        self.names = list(weights)
-        self.timeout_seconds, self.memory_bytes = timeout_seconds, memory_bytes
+        self.timeout_seconds, self.memory_bytes, self.namespace = timeout_seconds, memory_bytes, namespace
         self._specs = [_spec(name, (rewards or {}).get(name)) for name in self.names]
         self._workers = [self._start() for _ in range(workers)]
+        self._ending: list[RewardProcess] = []
 
     def score(self, problems: Sequence[Any], responses: Sequence[str]) -> list[dict[str, RewardRecord]]:
-        """The records of each response by reward name; ``problems[i]`` is the problem of ``responses[i]``.
+        """The records of each response by reward name: the rewards that have a weight for the source of ``problems[i]``.
 
-        Raises UserError where no call can succeed: a process that does not start, or that dies while it loads what a source needs.
+        ``problems[i]`` is the problem of ``responses[i]``. Raises UserError where no call can succeed: a process that does not
+        start, or that dies while it loads what a source needs.
         """
         if len(problems) != len(responses):
             raise UserError(
@@ -66,36 +66,45 @@ class RewardRunner:
             )
         if not self._workers:
             raise UserError("reward: the runner is closed; got a call of score; make a new one")
+        index = {name: idx for idx, name in enumerate(self.names)}
+        names = [list(weights_of(problem.source, self.weights, self.by_source)) for problem in problems]
         calls = [
-            (idx, problem, response)
-            for problem, response in zip(problems, responses, strict=True)
-            for idx in range(len(self.names))
+            (index[name], problem, response)
+            for problem, response, mine in zip(problems, responses, names, strict=True)
+            for name in mine
         ]
+        records = iter(self._run(calls))
+        return [{name: next(records) for name in mine} for mine in names]
+
+    def _run(self, calls: list) -> list[RewardRecord]:
+        """The record of each call, in order."""
         records: list[RewardRecord | None] = [None] * len(calls)
+        self._killed: set[int] = set()
         size = max(1, min(LARGEST_CHUNK, -(-len(calls) // (4 * len(self._workers)))))
         todo = deque((start, min(start + size, len(calls))) for start in range(0, len(calls), size))
         try:
             while todo or any(worker.calls for worker in self._workers):
                 for slot, worker in enumerate(self._workers):
-                    if (
-                        worker.phase == "idle" and worker.process.poll() is not None
-                    ):  # ended between calls, by what a reward left behind
-                        worker.kill()
+                    if worker.phase == "idle" and worker.is_gone:  # ended between calls, by what a reward left behind
+                        self._end(worker)
                         self._workers[slot] = worker = self._start()
                     if todo and worker.phase == "idle":
-                        self._give(worker, calls, *todo.popleft())
+                        start, stop = todo.popleft()
+                        worker.give(start, calls[start:stop])
                 self._collect(calls, records, todo)
         except BaseException:
             self._renew()  # a half-served process would answer the next caller
             raise
-        width = len(self.names)
-        return [dict(zip(self.names, records[start : start + width], strict=True)) for start in range(0, len(records), width)]
+        finally:
+            self._bury()
+        return records
 
     def close(self) -> None:
         """Kill all processes; safe to call twice."""
         for worker in self._workers:
-            worker.kill()
+            self._end(worker)
         self._workers = []
+        self._bury()
 
     def __enter__(self) -> Self:
         return self
@@ -103,19 +112,25 @@ class RewardRunner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self) -> _Worker:
-        return _Worker({"rewards": self._specs, "memory_bytes": self.memory_bytes, "path": sys.path})
+    def _start(self) -> RewardProcess:
+        return RewardProcess({"rewards": self._specs, "memory_bytes": self.memory_bytes, "path": sys.path}, self.namespace)
+
+    def _end(self, worker: RewardProcess) -> None:
+        """Have a process killed while the others go on."""
+        worker.end()
+        self._ending.append(worker)
+
+    def _bury(self) -> None:
+        """Wait until the processes that were told to end are gone."""
+        for worker in self._ending:
+            worker.kill()
+        self._ending = []
 
     def _renew(self) -> None:
         for slot, worker in enumerate(self._workers):
             if worker.phase != "idle" or worker.calls:
-                worker.kill()
+                self._end(worker)
                 self._workers[slot] = self._start()
-
-    def _give(self, worker: _Worker, calls: list, start: int, stop: int) -> None:
-        worker.calls = deque(range(start, stop))
-        worker.enter("queued", START_SECONDS)
-        worker.send(calls[start:stop])
 
     def _collect(self, calls: list, records: list, todo: deque) -> None:
         """Wait for reports or a limit, take what there is, replace processes that ended or must end."""
@@ -127,22 +142,21 @@ class RewardRunner:
         ready = {fd for fd, _ in poll.poll(max(0.0, wait) * 1000 + 1)}
         for slot in busy:
             worker = self._workers[slot]
-            failure = ""
-            if worker.report_fd in ready:
-                failure = self._take(worker, records)
-            elif time.monotonic() >= worker.deadline:
-                failure = f"time limit of {self.timeout_seconds:g} s"
+            failure = self._take(worker, records) if worker.report_fd in ready else ""
+            if not failure and worker.phase != "idle" and time.monotonic() >= worker.deadline and not worker.has_more():
+                limit = self.timeout_seconds if worker.phase == "running" else START_SECONDS
+                failure = f"time limit of {limit:g} s"
             if failure:
                 self._replace(slot, failure, calls, records, todo)
 
-    def _take(self, worker: _Worker, records: list) -> str:
+    def _take(self, worker: RewardProcess, records: list) -> str:
         """Read reports; returns why the process must go, or an empty string."""
-        data = os.read(worker.report_fd, LONGEST_REPORT)
-        if not data:
-            return self._ended(worker)
-        *lines, worker.rest = (worker.rest + data).split(b"\n")
-        for line in lines:
-            report = json.loads(line)
+        reports = worker.read()
+        if reports is None:
+            return worker.last_words(self.memory_bytes)
+        for report in reports:
+            if not worker.allows(report):
+                return "it wrote into its process's pipe"
             if "value" in report:
                 records[worker.calls.popleft()] = RewardRecord(report["value"], report["seconds"], report["failure"])
                 worker.enter("running" if worker.calls else "idle", self.timeout_seconds)
@@ -158,26 +172,21 @@ class RewardRunner:
                 )
         return ""
 
-    def _ended(self, worker: _Worker) -> str:
-        try:
-            status = worker.process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:  # it closed its pipe and lives on
-            worker.kill()
-            return "its process closed its pipe"
-        if status == worker_module.OUT_OF_MEMORY:
-            return f"memory limit of {self.memory_bytes} bytes"
-        return f"its process ended with status {status}"
-
     def _replace(self, slot: int, failure: str, calls: list, records: list, todo: deque) -> None:
         worker = self._workers[slot]
-        worker.kill()
-        if worker.phase == "starting":
-            raise UserError(f"reward.memory_bytes: enough for a process to start; got {self.memory_bytes} ({failure}); raise it")
-        if worker.phase == "warming":
-            source = calls[worker.calls[0]][1].source
-            raise UserError(
-                f"reward.memory_bytes: enough to load what {source} needs; got {self.memory_bytes} ({failure}); raise it"
-            )
+        self._end(worker)
+        first = worker.calls[0] if worker.calls else -1
+        early = time.monotonic() - worker.entered < self.timeout_seconds / 2  # a second try still ends within the limit
+        if worker.was_killed and early and first not in self._killed:
+            # By somebody else, most likely; a reward that kills itself does so again.
+            self._killed.add(first)
+            if worker.calls:
+                todo.appendleft((first, worker.calls[-1] + 1))
+            self._workers[slot] = self._start()
+            return
+        if worker.phase in ("starting", "warming"):
+            what = "for a process to start" if worker.phase == "starting" else f"to load what {_sources(worker, calls)} needs"
+            raise UserError(f"reward.memory_bytes: enough {what}; got {self.memory_bytes} ({failure}); raise it")
         seconds = time.monotonic() - worker.entered
         records[worker.calls.popleft()] = RewardRecord(0.0, seconds, failure)
         if worker.calls:
@@ -185,72 +194,15 @@ class RewardRunner:
         self._workers[slot] = self._start()
 
 
-def total(records: Sequence[Mapping[str, RewardRecord]], weights: Mapping[str, float]) -> list[float]:
-    """The reward of each response: the sum over its records of weight times value."""
-    return [sum(weight * record[name].value for name, weight in weights.items()) for record in records]
+def total(records: Sequence[Mapping[str, RewardRecord]], weights: Sequence[Mapping[str, float]]) -> list[float]:
+    """The reward of each response: the sum of weight times value over its own weights, ``weights[i]``."""
+    return [
+        sum(weight * record[name].value for name, weight in mine.items()) for record, mine in zip(records, weights, strict=True)
+    ]
 
 
-class _Worker:
-    """One reward process as its parent sees it: ``phase`` is starting, idle, queued, warming or running; ``calls`` it owes."""
-
-    def __init__(self, start: dict[str, Any]):
-        requests, request_fd = os.pipe()
-        self.report_fd, reports = os.pipe()
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", worker_module.__name__, str(requests), str(reports), str(os.getpid())]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=(requests, reports),
-            env=environment,
-            start_new_session=True,
-        )
-        os.close(requests)
-        os.close(reports)
-        os.set_blocking(request_fd, False)
-        self.request_fd = request_fd
-        self.calls: deque[int] = deque()
-        self.rest = b""
-        self.enter("starting", START_SECONDS)
-        self.send(start)
-
-    def enter(self, phase: str, seconds: float) -> None:
-        self.phase, self.entered = phase, time.monotonic()
-        self.deadline = self.entered + seconds
-
-    def send(self, request: object) -> None:
-        """Write one request; gives up at the deadline or when the process is gone, which the next collection then finds."""
-        body = pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL)
-        data = memoryview(struct.pack("<Q", len(body)) + body)
-        poll = select.poll()
-        poll.register(self.request_fd, select.POLLOUT)
-        while data and time.monotonic() < self.deadline:
-            poll.poll(max(1.0, (self.deadline - time.monotonic()) * 1000))
-            try:
-                data = data[os.write(self.request_fd, data) :]
-            except BlockingIOError:
-                continue
-            except BrokenPipeError:
-                return
-
-    def kill(self) -> None:
-        """End the process and all that it started in its session, at once."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
-        for fd in (self.request_fd, self.report_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.request_fd = self.report_fd = -1
+def _sources(worker: RewardProcess, calls: list) -> str:
+    return ", ".join(sorted({calls[idx][1].source for idx in worker.calls}))
 
 
 def _spec(name: str, choice: object | None) -> tuple[str, str, dict[str, Any]]:

@@ -1,12 +1,16 @@
 """The reward process: reads chunks of calls from a pipe, runs them one by one, reports each as it ends. Imports no torch.
 
-Started by :mod:`r1mega.rl.reward.runner` as ``python -m r1mega.rl.reward.worker REQUEST_FD REPORT_FD PARENT_PID``. A request is a
-pickle with an 8-byte length before it; a report is one JSON line. Standard input is empty and output goes nowhere, so that a
-reward can neither read requests nor fill a disk with prints.
+Forked by :mod:`r1mega.rl.reward.keeper`. A request is a pickle with an 8-byte length before it; a report is one JSON line. Standard
+input is empty and output goes nowhere, so that a reward can neither read requests nor fill a disk with prints.
+
+A call ends what it starts: a child process that it did not wait for, or a thread that runs on, makes it a failure and ends this
+process, so that nothing of one call reaches into the next.
 """
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import ctypes
 import importlib
 import json
@@ -20,30 +24,32 @@ import struct
 import sys
 import time
 
-OUT_OF_MEMORY = 77
-"""Exit status after a call that hit the memory limit."""
+OUT_OF_MEMORY, LEFT_A_PROCESS, LEFT_A_THREAD, LOST_ITS_PIPE = 77, 78, 80, 81
+"""Exit statuses: what the last call did."""
 LARGEST_FILE = 16 << 20
 LONGEST_FAILURE = 200
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def main(request_fd: int, report_fd: int, parent: int) -> None:
+def main(request_fd: int, report_fd: int) -> None:
     """Serve until the request pipe closes."""
-    # The parent may be killed while a call hangs here, when nobody reads the pipe: ask the kernel to end this process then.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of a call become children of this process, which then knows of them
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where memory ends, the kernel takes a reward's process first, not the trainer
     requests = os.fdopen(request_fd, "rb")
+    start = read(requests)
 
     def report(**record: object) -> None:
-        os.write(report_fd, json.dumps(record).encode() + b"\n")
+        try:
+            os.write(report_fd, json.dumps({**record, "secret": start["secret"]}).encode() + b"\n")
+        except OSError:
+            os._exit(LOST_ITS_PIPE)
 
     try:
-        start = read(requests)
         sys.path[:] = start["path"]
         rewards = [build(module, name, fields) for module, name, fields in start["rewards"]]
-    except Exception as error:
+    except BaseException as error:
         report(broken=describe(error))
         return
     limit(start["memory_bytes"])
@@ -52,7 +58,7 @@ def main(request_fd: int, report_fd: int, parent: int) -> None:
         report(ready=True)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
-    warmed: set[str] = set()
+    warmed: set[tuple[int, str]] = set()
     while True:
         try:
             calls = read(requests)
@@ -61,52 +67,74 @@ def main(request_fd: int, report_fd: int, parent: int) -> None:
         serve(calls, rewards, warmed, report)
 
 
-def serve(calls: list, rewards: list, warmed: set[str], report) -> None:
+def serve(calls: list, rewards: list, warmed: set[tuple[int, str]], report) -> None:
     """Run (reward index, problem, response) after (reward index, problem, response), a report each."""
-    for idx, (_, problem, _) in enumerate(calls):
-        if problem.source not in warmed:
-            warmed.add(problem.source)
-            report(warming=idx)
-            for function, _ in rewards:
-                if hasattr(function, "warm"):
-                    guarded(function.warm, problem.source)  # what fails here fails again in the call, where it is recorded
+    for reward_idx, problem, _ in calls:
+        if (reward_idx, problem.source) not in warmed:
+            warmed.add((reward_idx, problem.source))
+            function, _ = rewards[reward_idx]
+            if hasattr(function, "warm"):
+                report(warming=True)
+                guarded(function.warm, problem.source)  # what fails here fails again in the call, where it is recorded
     report(begin=True)
-    for reward_idx, problem, response in calls:
+    own = os.getpid()
+    for number, (reward_idx, problem, response) in enumerate(calls):
         function, value_range = rewards[reward_idx]
+        threads = _thread._count()
         start = time.perf_counter()
-        value, failure = guarded(function, problem, response)
-        if not failure:
-            value, failure = checked(value, value_range)
-        report(value=value, seconds=time.perf_counter() - start, failure=failure)
+        value, failure = guarded(judged, function, value_range, problem, response)
+        seconds = time.perf_counter() - start
+        if os.getpid() != own:
+            os._exit(0)  # a fork that came back
+        if left_a_process():
+            os._exit(LEFT_A_PROCESS)
+        if _thread._count() > threads:
+            os._exit(LEFT_A_THREAD)
+        signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that a call set is not for the next one
+        report(call=number, value=value, seconds=seconds, failure=failure)
 
 
-def guarded(function, *args) -> tuple[object, str]:
-    """(result, "") or (0.0, what was raised); ends the process at the memory limit, since little can be trusted after that."""
+def guarded(function, *args) -> tuple[float, str]:
+    """What the function returns, or (0.0, what it raised); ends the process at the memory limit: little can be trusted then."""
     try:
-        return function(*args), ""
+        return function(*args)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except BaseException as error:  # SystemExit too: a reward must not end the run
         return 0.0, describe(error)
 
 
+def judged(function, value_range: tuple[float, float], problem: object, response: str) -> tuple[float, str]:
+    """One call and the check of its value, which may run a reward's code too."""
+    return checked(function(problem, response), value_range)
+
+
 def checked(value: object, value_range: tuple[float, float]) -> tuple[float, str]:
     """The value as a float, or 0 and which rule it broke: a finite number in the declared range."""
     low, high = value_range
     if not isinstance(value, numbers.Real):
-        return 0.0, f"a reward is a number; got {type(value).__name__}"
+        return 0.0, f"a reward is a number; got {type(value).__name__}"[:LONGEST_FAILURE]
     value = float(value)
     if math.isfinite(value) and low <= value <= high:
         return value, ""
     return 0.0, f"a reward is from {low:g} to {high:g}; got {value:g}"
 
 
+def left_a_process() -> bool:
+    """Whether there is a child, running or ended and not waited for. A call that starts one waits for it."""
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return True
+
+
 def describe(error: BaseException) -> str:
     """``Type: message`` on one line, cut; an exception may refuse to be printed."""
     try:
         return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_FAILURE]
-    except Exception:
-        return type(error).__name__
+    except BaseException:
+        return type(error).__name__[:LONGEST_FAILURE]
 
 
 def build(module: str, name: str, fields: dict) -> tuple[object, tuple[float, float]]:
@@ -125,13 +153,15 @@ def limit(memory_bytes: int) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a too large file is an OSError in the reward, not the end of the process
 
 
+def prctl(option: int, value: int) -> None:
+    """Set one of the kernel's per-process options; elsewhere than on Linux, nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
 def read(requests) -> object:
     """The next pickle; EOFError when the parent closed the pipe."""
     header = requests.read(8)
     if len(header) < 8:
         raise EOFError
     return pickle.loads(requests.read(struct.unpack("<Q", header)[0]))
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
