@@ -1,12 +1,13 @@
-"""Which column of a foreign JSONL means what: GSM8K's, open-r1's, verl's and their kin's names for question, answer and solution.
+"""Which column of a foreign record means what: GSM8K's, open-r1's, verl's and their kin's names for question, answer and solution.
 
 Owns recognition and the extraction of a final answer from a worked solution (``#### 42``, ``\\boxed{42}``). In: one decoded JSON
-object; out: strings, or None where the record says nothing. Reads no files.
+object or Parquet row; out: strings, or None where the record says nothing. Reads no files.
 """
 
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Any
 
 QUESTION_COLUMNS = ("question", "problem", "prompt", "input", "instruction", "query", "messages")
@@ -32,7 +33,7 @@ _MARKER = "####"
 def find_question(record: dict[str, Any], column: str | None = None) -> str | None:
     """The question, from ``column`` or the first known one that holds text or a conversation (its last user turn); or None."""
     for name in (column,) if column else QUESTION_COLUMNS:
-        value = record.get(name)
+        value = _cell(record, name)
         if isinstance(value, list):
             turns = [turn.get("content") for turn in value if isinstance(turn, dict) and turn.get("role") == "user"]
             value = turns[-1] if turns else None
@@ -47,12 +48,11 @@ def find_answer(record: dict[str, Any], column: str | None = None) -> str | None
     A text that ends in ``#### 42`` or holds ``\\boxed{42}`` gives 42; a whole float is written without its point (27.0 is 27).
     """
     for name in (column,) if column else ANSWER_COLUMNS:
-        if answer := _final(record.get(name)):
+        if answer := _final(_cell(record, name)):
             return answer
     if column:
         return None
-    judged = record.get("reward_model")
-    if isinstance(judged, dict) and (answer := _final(judged.get("ground_truth"))):
+    if answer := _final(_cell(record, "reward_model.ground_truth")):
         return answer
     for name in SOLUTION_COLUMNS:
         text = record.get(name)
@@ -109,8 +109,19 @@ def boxed(text: str) -> str | None:
     return None
 
 
+def _cell(record: dict[str, Any], name: str) -> Any:
+    """The column ``name``; where there is none of that name, what its dots lead to (``reward_model.ground_truth``); else None."""
+    if name in record or "." not in name:
+        return record.get(name)
+    first, _, rest = name.partition(".")
+    inner = record.get(first)
+    return _cell(inner, rest) if isinstance(inner, dict) else None
+
+
 def _final(value: Any) -> str | None:
     """An answer cell as text."""
+    if isinstance(value, Decimal):  # Parquet has them
+        value = int(value) if value == value.to_integral_value() else str(value.normalize())
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, float) and value.is_integer():

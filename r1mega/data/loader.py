@@ -20,7 +20,7 @@ from r1mega.data.packing import pack
 from r1mega.data.tokenfile import TokenFile, check_tokenizer
 
 _WINDOWS, _SAMPLES, _ROWS = 0, 1, 2  # keep the orders of one seed apart
-_BLOCK_SAMPLES = 1 << 16  # samples packed at a time at most; an epoch of fewer is packed as one block
+_BLOCK_PIECES = 1 << 16  # pieces packed at a time at most; an epoch of fewer is packed as one block
 
 
 @dataclass(frozen=True)
@@ -123,23 +123,20 @@ class PretrainLoader(_Loader):
         return _text_batch(windows)
 
 
-class SftLoader(_Loader):
-    """Samples packed whole into rows of S tokens, masked from each other; only answers are learnt.
+class _PackedLoader(_Loader):
+    """Pieces packed whole into rows of S tokens: a piece is a document, or a part of one that is longer than a row.
 
-    Samples come in shuffled epochs, blended by weight. A block of them (one epoch when there are fewer than 65,536) is packed
+    Pieces come in shuffled epochs, blended by weight. A block of them (one epoch when there are fewer than 65,536) is packed
     best-fit and its rows are shuffled.
     """
-
-    kind = "samples"
 
     def __init__(
         self, files: Mapping[str, float], sequence_length: int, global_batch_size: int, seed: int, rank: int = 0, world: int = 1
     ):
-        """files: path without suffix to weight of its share of samples. Raises UserError for a sample that is longer than S."""
+        """files: path without suffix to weight of its share of pieces."""
         super().__init__(files, sequence_length, global_batch_size, seed, rank, world)
-        for file in self.files:
-            _check_lengths(file, sequence_length)
-        self._block_samples = min(sum(len(file) for file in self.files), _BLOCK_SAMPLES)
+        self.pieces = [_pieces(file, sequence_length) for file in self.files]
+        self._block_pieces = min(sum(len(pieces) for pieces in self.pieces), _BLOCK_PIECES)
         self._row = 0
         self._pack_block()
 
@@ -152,12 +149,12 @@ class SftLoader(_Loader):
                 self.consumed, self._row = self._after_block, 0
                 self._pack_block()
             if mine.start <= row < mine.stop:
-                rows.append([(self.files[source], doc_idx) for source, doc_idx in self._block[self._row]])
+                rows.append([(self.files[source], self.pieces[source][item]) for source, item in self._block[self._row]])
             self._row += 1
-        return _sample_batch(rows, self.sequence_length, self.files[0].meta["eos_id"])
+        return _packed_batch(rows, self.sequence_length, self.files[0].meta["eos_id"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor: samples consumed by the blocks before this one, and rows given of this one."""
+        """The cursor: pieces consumed by the blocks before this one, and rows given of this one."""
         return {**super().state_dict(), "row": self._row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -167,48 +164,73 @@ class SftLoader(_Loader):
         self._row = int(state["row"])
 
     def _pack_block(self) -> None:
-        """Pack the block that starts at ``consumed`` into ``_block``: for each row a list of (source, sample)."""
-        picks = blend(self.consumed, self.weights, self._block_samples)
+        """Pack the block that starts at ``consumed`` into ``_block``: for each row a list of (source, piece)."""
+        picks = blend(self.consumed, self.weights, self._block_pieces)
         items = np.empty(len(picks), dtype=np.int64)
         after = list(self.consumed)
-        for source, file in enumerate(self.files):
+        for source in range(len(self.files)):
             here = picks == source
             num = int(here.sum())
-            items[here] = epoch_items(self.consumed[source], num, len(file), [self.seed, _SAMPLES, source])
+            items[here] = epoch_items(self.consumed[source], num, len(self.pieces[source]), [self.seed, _SAMPLES, source])
             after[source] += num
-        lengths = [int(self.files[s].starts[i + 1] - self.files[s].starts[i]) for s, i in zip(picks, items, strict=True)]
-        rows = pack(lengths, self.sequence_length)
+        ends = [self.pieces[source][item] for source, item in zip(picks, items, strict=True)]
+        rows = pack([int(stop - start) for start, stop, _ in ends], self.sequence_length)
         order = shuffled(np.arange(len(rows)), len(rows), [self.seed, _ROWS, *self.consumed])
         self._block = [[(int(picks[n]), int(items[n])) for n in rows[r]] for r in order]
         self._after_block = after
 
 
+class DocumentLoader(_PackedLoader):
+    """Whole documents of text in rows (V3 4.1; best fit after arXiv 2404.10830); one that is longer than a row is cut into pieces.
+
+    Every label is learnt but that of a document's end. Segment ids count the pieces of a row: whether they see each other is the
+    trainer's choice.
+    """
+
+    kind = "text"
+
+
+class SftLoader(_PackedLoader):
+    """Samples packed whole, masked from each other; only answers are learnt. UserError for a sample that is longer than S."""
+
+    kind = "samples"
+
+
 def validation_batches(
-    path: str | Path, sequence_length: int, global_batch_size: int, num_batches: int, *, rank: int = 0, world: int = 1
+    path: str | Path,
+    sequence_length: int,
+    global_batch_size: int,
+    num_batches: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    windows: bool = True,
 ) -> list[TokenBatch]:
-    """At most ``num_batches`` batches of a text or sample file, the same at every call: windows spread evenly over a text, samples
-    in file order. The last batch is filled up with rows of padding; a text shorter than one window is padded as well.
+    """At most ``num_batches`` batches of a text or sample file, the same at every call: windows spread evenly over a text, or, for
+    samples and with ``windows`` False, pieces in file order. The last batch is filled up with rows of padding; a text shorter than
+    one window is padded as well.
     """
     file = _open(path, None)
+    windows = windows and file.meta["kind"] == "text"
     eos = file.meta["eos_id"]
     mine = _rows_of_rank(global_batch_size, rank, world)
     most = num_batches * global_batch_size
-    if file.meta["kind"] == "text":
+    if windows:
         num = max(1, (len(file.tokens) - 1) // sequence_length)
         chosen = np.unique(np.linspace(0, num - 1, min(num, most)).round().astype(np.int64))
         rows: list[Any] = [_window(file, item, sequence_length) for item in chosen]
     else:
-        _check_lengths(file, sequence_length)
-        packed = pack(np.diff(file.starts).tolist(), sequence_length, decreasing=False)
-        rows = [[(file, doc_idx) for doc_idx in row] for row in packed[:most]]
+        pieces = _pieces(file, sequence_length)
+        packed = pack([int(stop - start) for start, stop, _ in pieces], sequence_length, decreasing=False)
+        rows = [[(file, pieces[item]) for item in row] for row in packed[:most]]
     batches = []
     for start in range(0, len(rows), global_batch_size):
         part = rows[start : start + global_batch_size]
         part = (part + [[]] * (global_batch_size - len(part)))[mine]
-        if file.meta["kind"] == "text":
+        if windows:
             batches.append(_padded_text_batch(part, sequence_length, eos))
         else:
-            batches.append(_sample_batch(part, sequence_length, eos))
+            batches.append(_packed_batch(part, sequence_length, eos))
     return batches
 
 
@@ -278,16 +300,29 @@ def _padded_text_batch(rows: list[Any], sequence_length: int, eos: int) -> Token
     return batch
 
 
-def _sample_batch(rows: list[list[tuple[TokenFile, int]]], sequence_length: int, eos: int) -> TokenBatch:
+def _pieces(file: TokenFile, sequence_length: int) -> np.ndarray:
+    """int64 ``[pieces, 3]``: first token, end, and end of what has labels: one more where the document goes on after the piece."""
+    starts = np.asarray(file.starts, dtype=np.int64)
+    if file.meta["kind"] != "text":
+        _check_lengths(file, sequence_length)
+    counts = -(-np.diff(starts) // sequence_length)
+    doc = np.repeat(np.arange(len(counts)), counts)
+    first = starts[doc] + sequence_length * (np.arange(len(doc)) - np.repeat(np.cumsum(counts) - counts, counts))
+    stop = np.minimum(first + sequence_length, starts[doc + 1])
+    return np.stack([first, stop, np.minimum(stop + 1, starts[doc + 1])], axis=1)
+
+
+def _packed_batch(rows: list[list[tuple[TokenFile, np.ndarray]]], sequence_length: int, eos: int) -> TokenBatch:
     batch = _empty(len(rows), sequence_length, eos)
-    for row, samples in enumerate(rows):
+    for row, pieces in enumerate(rows):
         start = 0
-        for segment, (file, doc_idx) in enumerate(samples, start=1):
-            tokens, mask = file.document(doc_idx), file.document_mask(doc_idx)
-            end = start + len(tokens)
-            batch.tokens_BS[row, start:end] = tokens
+        for segment, (file, (first, stop, last)) in enumerate(pieces, start=1):
+            tokens = file.tokens[first:last]
+            learnt = np.ones(last - first, np.float32) if file.mask is None else file.mask[first:last]
+            end, labels = start + int(stop - first), int(last - first) - 1
+            batch.tokens_BS[row, start:end] = tokens[: stop - first]
             batch.segment_ids_BS[row, start:end] = segment
-            batch.labels_BS[row, start : end - 1] = tokens[1:]
-            batch.loss_mask_BS[row, start : end - 1] = mask[1:]
+            batch.labels_BS[row, start : start + labels] = tokens[1:]
+            batch.loss_mask_BS[row, start : start + labels] = learnt[1:]
             start = end
     return batch

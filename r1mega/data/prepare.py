@@ -17,10 +17,11 @@ from r1mega.config.data import PrepareConfig
 from r1mega.config.errors import UserError
 from r1mega.data.problems import Problem, write_problems
 from r1mega.data.split import make_split
-from r1mega.data.text import documents, read_jsonl
+from r1mega.data.text import documents
 from r1mega.data.tokenfile import TokenFileWriter
 from r1mega.data.tokenizer import END_THINK, Tokenizer, copy_tokenizer, encode_sample, load_tokenizer, train_tokenizer
 from r1mega.data.worked import Worked, worked_solution
+from r1mega.files.records import read_rows
 
 _BATCH_DOCS = 64  # documents tokenized at once
 _TRAIN_BYTES = 8 << 20  # text, and worked problems, that the tokenizer is trained on; more changes few merges
@@ -182,13 +183,12 @@ def _work_out(problems: Iterable[Problem], careful_share: float, seed: int, name
 
 
 def _read_responses(path: str, limit: int) -> list[tuple[str, str]]:
-    """(question, response) of a JSONL {question, answer, source, id, response}, in file order; limit 0: all."""
+    """(question, response) of records {question, answer, source, id, response}, in file order; limit 0: all."""
     pairs: list[tuple[str, str]] = []
-    for number, record in read_jsonl(path):
+    for where, _, record in read_rows(path):
         if limit and len(pairs) == limit:
             break
         question, response = record.get("question"), record.get("response")
-        where = f"{path} line {number}"
         if not isinstance(question, str) or not question.strip():
             raise UserError(f"{where}: a sample has a question; got columns {', '.join(record)}; add it or drop the line")
         if not isinstance(response, str) or END_THINK not in response:

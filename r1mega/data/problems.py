@@ -1,6 +1,6 @@
-"""Problems with answers: the record, its JSONL file, and the JSONL files of others.
+"""Problems with answers: the record, its JSONL file, and the JSONL and Parquet files of others.
 
-Owns :class:`Problem` and how a line becomes one. Refuses, by line number, what is not JSON, lacks a question or lacks an answer.
+Owns :class:`Problem` and how a record becomes one. Refuses, by line or row, what lacks a question or lacks an answer.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r1mega.config.errors import UserError
+from r1mega.config.errors import UserError, nearest
 from r1mega.data import columns
-from r1mega.data.text import read_jsonl
+from r1mega.files.records import read_rows, stem
 
 GENERATED = "reasoning_gym:"
 """Prefix of the source of a generated problem; the data set's name follows."""
@@ -25,7 +25,7 @@ GENERATED = "reasoning_gym:"
 class Problem:
     """One question with its answer.
 
-    source: ``reasoning_gym:<data set>``, or a JSONL's name. answer: the final answer alone; "" only for a generated problem whose
+    source: ``reasoning_gym:<data set>``, or a file's name. answer: the final answer alone; "" only for a generated problem whose
     scorer needs none. metadata: JSON values, what the data set's scorer reads. solution: a worked solution, or None.
     """
 
@@ -54,28 +54,30 @@ def load_problems(
     question_column: str | None = None,
     answer_column: str | None = None,
 ) -> list[Problem]:
-    """Problems of a JSONL file in order: our own records, or those of others by the column names of :mod:`r1mega.data.columns`.
+    """Problems of a JSONL or Parquet file, or a folder of them, in order: our own records, or those of others by the column names
+    of :mod:`r1mega.data.columns`.
 
     limit: problems from the start; 0: all. name: source of foreign records; None: the file's name without suffix. Columns: null for
-    the known names. Raises UserError with a line number for a line that is not JSON, without a question or without an answer, and
+    the known names. Raises UserError with the line or row for a record that cannot be read or has no question or no answer, and
     for an empty file.
     """
-    source = name or Path(path).stem
+    source = name or stem(path)
     problems: list[Problem] = []
-    for number, record in read_jsonl(path):
+    for row in read_rows(path):
         if limit and len(problems) == limit:
             break
+        record = row.values
         if not (question_column or answer_column) and _is_ours(record):
             problem = Problem(**{key: record[key] for key in _FIELDS if key in record})
         else:
             problem = Problem(
-                id=columns.find_id(record) or f"{source}:{number}",
+                id=columns.find_id(record) or f"{source}:{row.key}",
                 question=columns.find_question(record, question_column) or "",
                 answer=columns.find_answer(record, answer_column) or "",
                 source=source,
                 solution=columns.find_solution(record),
             )
-        _check(problem, f"{path} line {number}", record, question_column, answer_column)
+        _check(problem, row.where, record, question_column, answer_column)
         problems.append(problem)
     if not problems:
         raise UserError(f"{path}: a problem file holds at least one problem; got an empty file; check the path")
@@ -108,9 +110,12 @@ def _check(problem: Problem, where: str, record: dict[str, Any], question_column
     has = "columns " + ", ".join(record)
     if not problem.question.strip():
         looked = question_column or ", ".join(columns.QUESTION_COLUMNS)
-        raise UserError(f"{where}: a problem has a question in {looked}; got {has}; set question_column")
+        near = nearest(question_column, record) if question_column and question_column not in record else ""
+        raise UserError(f"{where}: a problem has a question in {looked}; got {has}; {near}set question_column")
     if not problem.answer.strip() and problem.dataset is None:
         looked = answer_column or ", ".join(columns.ANSWER_COLUMNS) + ", or a solution with #### or \\boxed{}"
+        near = nearest(answer_column, record) if answer_column and answer_column not in record else ""
         raise UserError(
-            f"{where}: a problem has an answer in {looked}; got {has}; add the answer, drop the line or set answer_column"
+            f"{where}: a problem has an answer in {looked}; got {has}; {near}add the answer, drop the {where.split()[-2]} or set "
+            "answer_column"
         )

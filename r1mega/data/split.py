@@ -74,7 +74,7 @@ def make_split(sources: Mapping[str, ProblemSourceConfig], seed: int) -> dict[st
         for name, source in sources.items():
             wanted = getattr(source, f"num_{part}")
             if wanted < 0 and source.kind == "reasoning_gym":
-                raise UserError(f"problems.{name}.num_{part}: -1 (all) is for JSONL files; got {wanted}; give a number of problems")
+                raise UserError(f"problems.{name}.num_{part}: -1 (all) is for kind file; got {wanted}; give a number of problems")
             got = _take(streams[name], wanted, seen)
             if len(got) < wanted:
                 raise UserError(
@@ -141,7 +141,7 @@ def _stream(name: str, source: ProblemSourceConfig, seed: int) -> Iterator[Probl
         yield from generate(source.dataset, source.options, own_seed, f"problems.{name}")
         return
     if not source.path:
-        raise UserError(f"problems.{name}.path: kind jsonl reads a file; got {source.path}; set the path")
+        raise UserError(f"problems.{name}.path: kind file reads a file; got {source.path}; set the path")
     columns = {"question_column": source.question_column, "answer_column": source.answer_column}
     problems = load_problems(source.path, **columns)
     random.Random(own_seed).shuffle(problems)

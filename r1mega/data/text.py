@@ -1,21 +1,21 @@
-"""Pretraining text as a stream of documents: Python's standard library, text files, folders of text, JSONL with a text column.
+"""Pretraining text as a stream of documents: Python's standard library, text files, folders of text, records with a text column.
 
-Owns where text comes from and its order, which is the same on every run. Refuses what is missing, empty or not UTF-8, and a JSONL
-line that is not JSON, by line number. In: names and paths; out: one str a document.
+Owns where text comes from and its order, which is the same on every run. Refuses what is missing, empty or not UTF-8, and a record
+without text, by its line or row. How files are decompressed and decoded is :mod:`r1mega.files.records`'. In: names and local paths;
+out: one str a document.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from r1mega.config.errors import UserError
+from r1mega.config.errors import UserError, nearest
+from r1mega.files.records import is_hidden, is_rows, read_rows, read_text
 
 STDLIB = "stdlib"
 # Tests and installed packages differ between distributions; codec tables are numbers, not text.
@@ -33,7 +33,7 @@ _NOT_STDLIB = {
 
 
 def documents(sources: Sequence[str], *, text_column: str = "text", limit_bytes: int = 0) -> Iterator[str]:
-    """All documents of ``sources`` in order: ``"stdlib"``, text files, folders, files that end in .jsonl.
+    """All documents of ``sources`` in order: ``"stdlib"``, text, JSONL and Parquet files, folders of these, compressed or not.
 
     limit_bytes: UTF-8 bytes at most, the last document is cut; 0: all. Raises UserError for a source that cannot be read, when the
     stream reaches it.
@@ -87,29 +87,6 @@ def docstrings(source: str) -> str:
     return "\n\n".join(found)
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of each line that is not blank. UserError for a missing file, or a line that is no object."""
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: a JSONL file; got no such file; check the path")
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                start = line[:40].decode(errors="replace").strip()
-                raise UserError(
-                    f"{path} line {number}: each line is one JSON object; got {start!r} ({error}); mend or drop the line"
-                ) from None
-            if not isinstance(record, dict):
-                raise UserError(
-                    f"{path} line {number}: each line is one JSON object; got {type(record).__name__}; mend or drop the line"
-                )
-            yield number, record
-
-
 def _source(source: str, text_column: str) -> Iterator[str]:
     if source == STDLIB:
         yield from stdlib_documents()
@@ -119,30 +96,32 @@ def _source(source: str, text_column: str) -> Iterator[str]:
         yield from _folder(path, text_column)
     elif not path.is_file():
         raise UserError(f"text: a file, a folder or {STDLIB}; got {source!r}, which does not exist; check the path")
-    elif path.suffix == ".jsonl":
-        yield from _jsonl(path, text_column)
+    elif is_rows(path):
+        yield from _rows(path, text_column)
     else:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: text is UTF-8; got {error.reason} at byte {error.start}; convert the file") from None
+        if "\0" in text:
+            raise UserError(f"{path}: text is UTF-8; got a zero byte, as archives have them; unpack it and give the folder")
         if not text.strip():
             raise UserError(f"{path}: a text file has text; got an empty file; drop it from text=[...]")
         yield text
 
 
 def _folder(folder: Path, text_column: str) -> Iterator[str]:
-    """Every UTF-8 file below ``folder`` by sorted path; hidden, binary and empty files are passed over."""
+    """Every UTF-8 file below ``folder`` by sorted path; hidden, binary and empty files are passed over, damaged ones are not."""
     found = False
     for path in sorted(folder.rglob("*")):
-        if not path.is_file() or any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if not path.is_file() or is_hidden(path, folder):
             continue
-        if path.suffix == ".jsonl":
+        if is_rows(path):
             found = True
-            yield from _jsonl(path, text_column)
+            yield from _rows(path, text_column)
             continue
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
         except UnicodeDecodeError:
             continue
         if text.strip() and "\0" not in text:
@@ -152,15 +131,16 @@ def _folder(folder: Path, text_column: str) -> Iterator[str]:
         raise UserError(f"{folder}: a folder of text holds UTF-8 files; got none; check the path")
 
 
-def _jsonl(path: Path, text_column: str) -> Iterator[str]:
+def _rows(path: Path, text_column: str) -> Iterator[str]:
     found = False
-    for number, record in read_jsonl(path):
-        text = record.get(text_column)
+    for row in read_rows(path, [text_column]):
+        text = row.values.get(text_column)
         if not isinstance(text, str):
-            known = ", ".join(record)
-            raise UserError(f"{path} line {number}: the column {text_column} holds text; got columns {known}; set text_column")
+            known = ", ".join(row.values)
+            way = f"{nearest(text_column, row.values)}set text_column"
+            raise UserError(f"{row.where}: the column {text_column} holds text; got columns {known}; {way}")
         if text.strip():
             found = True
             yield text
     if not found:
-        raise UserError(f"{path}: a JSONL of text has text; got an empty file; drop it from text=[...]")
+        raise UserError(f"{path}: a file of texts has text; got an empty file; drop it from text=[...]")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,43 @@ def test_bad_files_are_refused(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"question": "q", "answer": "1"}\n')
     with pytest.raises(UserError, match="answer in reply; got columns question, answer; .* set answer_column"):
         load_problems(tmp_path / "p.jsonl", answer_column="reply")
+
+
+def test_a_compressed_file_and_a_folder_of_files(tmp_path):
+    line = json.dumps({"question": "q", "answer": "1"}) + "\n"
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "b.jsonl.gz").write_bytes(gzip.compress((line * 2).encode()))
+    (tmp_path / "shards" / "a.jsonl").write_text(line)
+    (tmp_path / "shards" / "notes.txt").write_text("no record")
+    assert [(p.id, p.source) for p in load_problems(tmp_path / "shards" / "b.jsonl.gz")] == [("b:1", "b"), ("b:2", "b")]
+    assert [p.id for p in load_problems(tmp_path / "shards")] == [
+        f"shards:{key}" for key in ("a.jsonl:1", "b.jsonl.gz:1", "b.jsonl.gz:2")
+    ]
+
+
+def test_parquet_records_with_nested_columns(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "What is 1 + 1?"}]
+    rows = [
+        {"messages": turns, "reward_model": {"ground_truth": "2", "style": "rule"}, "extra": {"task": {"text": "t"}, "gold": Decimal("2.50")}},
+        {"messages": turns, "reward_model": {"ground_truth": "3", "style": "rule"}, "extra": {"task": {"text": "u"}, "gold": Decimal("3.00")}},
+    ]  # fmt: skip
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert load_problems(path) == [Problem("p:1", "What is 1 + 1?", "2", "p"), Problem("p:2", "What is 1 + 1?", "3", "p")]
+    own = load_problems(path, question_column="extra.task.text", answer_column="extra.gold")
+    assert [(p.question, p.answer) for p in own] == [("t", "2.5"), ("u", "3")]
+    with pytest.raises(
+        UserError, match=r"p.parquet row 1: .* in mesages; got columns messages, .*; did you mean messages\? set question_column"
+    ):
+        load_problems(path, question_column="mesages")
+    with pytest.raises(
+        UserError,
+        match=r"p.parquet row 1: .* in extr.gold; .*; did you mean extra\? add the answer, drop the row or set answer_column",
+    ):
+        load_problems(path, answer_column="extr.gold")
 
 
 @pytest.mark.skipif(not MATH.is_dir(), reason="the public math files are not beside this checkout")

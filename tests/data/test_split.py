@@ -67,7 +67,7 @@ def test_parts_are_disjoint_and_deterministic():
 def test_too_few_distinct_problems_are_an_error():
     with pytest.raises(UserError, match=r"problems\.a\.num_train: .*; got 140 of 150; lower num_test"):
         make_split({"a": small(num_train=150, num_test=60)}, seed=1)
-    with pytest.raises(UserError, match="-1 .all. is for JSONL"):
+    with pytest.raises(UserError, match="-1 .all. is for kind file"):
         make_split({"a": small(num_train=-1)}, seed=1)
 
 
@@ -76,7 +76,7 @@ def test_jsonl_sources_drop_what_another_part_holds(tmp_path):
     write_problems(tmp_path / "train.jsonl", [*train, Problem("again", "question  3", "3", "x")])
     (tmp_path / "test.jsonl").write_text("\n".join(json.dumps({"question": f"QUESTION {i}", "answer": str(i)}) for i in (1, 2, 77)))
     sources = {
-        "train": ProblemSourceConfig(kind="jsonl", path=str(tmp_path / "train.jsonl"), num_train=-1),
+        "train": ProblemSourceConfig(kind="file", path=str(tmp_path / "train.jsonl"), num_train=-1),
         "test": ProblemSourceConfig(kind="jsonl", path=str(tmp_path / "test.jsonl"), num_train=0, num_test=3),
     }
     split = make_split(sources, seed=1)
@@ -96,7 +96,7 @@ def test_bad_sources_are_refused(tmp_path):
         make_split({"x": ProblemSourceConfig(options={"min_terms": 9, "max_terms": 2})}, seed=1)
     with pytest.raises(UserError, match="seed and size follow"):
         make_split({"x": ProblemSourceConfig(options={"seed": 1})}, seed=1)
-    with pytest.raises(UserError, match=r"problems\.x\.path: kind jsonl reads a file; got None"):
+    with pytest.raises(UserError, match=r"problems\.x\.path: kind file reads a file; got None"):
         make_split({"x": ProblemSourceConfig(kind="jsonl")}, seed=1)
     with pytest.raises(UserError, match=r"problems\.x\.dataset: problems are kept as JSON; got rearc"):
         make_split({"x": ProblemSourceConfig(dataset="rearc", num_train=1)}, seed=1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import itertools
+import lzma
 import sysconfig
 from pathlib import Path
 
 import pytest
 
 from r1mega.config.errors import UserError
-from r1mega.data.text import docstrings, documents, read_jsonl, stdlib_documents
+from r1mega.data.text import docstrings, documents, stdlib_documents
 
 
 def test_docstrings_by_hand():
@@ -72,9 +75,30 @@ def test_bad_sources_are_refused(tmp_path):
             list(documents([str(tmp_path / source)]))
 
 
-@pytest.mark.parametrize("line", ['{"text": ', "[1, 2]", "7", b"\xff\xfe"])
-def test_a_line_that_is_no_object_is_named_by_number(tmp_path, line):
-    data = line if isinstance(line, bytes) else line.encode()
-    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\n\n' + data + b"\n")
-    with pytest.raises(UserError, match=r"x\.jsonl line 3: each line is one JSON object"):
-        list(read_jsonl(tmp_path / "x.jsonl"))
+def test_compressed_text_and_records_in_a_folder(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("ay é".encode()))
+    (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(b'{"text": "bee"}\n{"text": "be"}\n'))
+    (tmp_path / "c.md.bz2").write_bytes(bz2.compress(b"sea"))
+    (tmp_path / "d.tar.gz").write_bytes(gzip.compress(b"name\0\0\0and binary"))
+    assert list(documents([str(tmp_path)])) == ["ay é", "bee", "be", "sea"]
+    with pytest.raises(UserError, match="d.tar.gz: text is UTF-8; got a zero byte, as archives have them; unpack it"):
+        list(documents([str(tmp_path / "d.tar.gz")]))
+    (tmp_path / "e.txt.gz").write_bytes(gzip.compress(b"cut short" * 99)[:-9])
+    with pytest.raises(UserError, match="e.txt.gz: a whole gzip file; got .*; copy or compress it again"):
+        list(documents([str(tmp_path)]))
+
+
+def test_parquet_text(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "texts").mkdir()
+    table = pyarrow.table({"text": [f"document {n}" for n in range(2500)], "other": range(2500)})
+    parquet.write_table(table, tmp_path / "texts" / "a.parquet", row_group_size=1000)
+    (tmp_path / "texts" / "b.txt").write_text("bee")
+    assert list(documents([str(tmp_path / "texts")])) == [*(f"document {n}" for n in range(2500)), "bee"]
+    with pytest.raises(UserError) as caught:
+        list(documents([str(tmp_path / "texts")], text_column="texts"))
+    assert str(caught.value) == (
+        f"{tmp_path}/texts/a.parquet row 1: the column texts holds text; got columns text, other; did you mean text? set text_column"
+    )
