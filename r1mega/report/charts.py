@@ -1,4 +1,4 @@
-"""Which plots a run has: from :class:`Run` to sections of figures. Owns titles, labels and units; draws through ``plot``.
+"""Which plots a run has: from :class:`Run` to sections of figures. Names come from ``curves``; draws through ``plot``.
 
 Every stage keeps one colour through the whole page; a control is dashed (lines) or hollow (bars). A plot without values is left
 out, a section without plots too.
@@ -6,12 +6,34 @@ out, a section without plots too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from r1mega.report.plot import NUM_COLOURS, Bar, Series, bar_plot, heat_map, line_plot, stacked_bars
-from r1mega.report.readers import Run, StageRun
+from r1mega.report.curves import (
+    GRAD_NORM,
+    HEALTH,
+    LOSS,
+    MTP_LOSS,
+    RATE,
+    REWARD,
+    REWARDS,
+    SPEED,
+    STAGE,
+    STEP,
+    UPDATE,
+    VALID_LOSS,
+    Curve,
+)
+from r1mega.report.plot import NUM_COLOURS, Bar, Mark, Series, bar_plot, heat_map, line_plot, stacked_bars
+from r1mega.report.readers import Event, Run, StageRun
 
 CONTROL = 4  # the colour of a control in every plot
+
+MARKED = (REWARD, GRAD_NORM)
+"""Curves of several stages that show events; each stage's loss does too."""
+
+KINDS_OF_EVENT = (("skip", "step skipped", 6), ("roll", "rolled back", 4))
+"""What an event's text holds, its name in a legend, its colour."""
 
 Section = tuple[str, str, list[str]]
 """Title, one sentence on how to read it, figures as HTML."""
@@ -29,50 +51,29 @@ def _all(run: Run) -> list[Section]:
     learnt = [stage for stage in run.stages if stage.metrics and not stage.is_rl]
     reinforced = [stage for stage in run.stages if stage.is_rl]
     colours = {**_colours(learnt), **_colours(reinforced)}  # the two kinds never share a plot
-
-    def lines(stages: Sequence[StageRun], key: str, factor: float = 1.0) -> list[Series]:
-        return [Series(stage.name, stage.points(key, factor), colours[stage.name], dashed=stage.is_control) for stage in stages]
-
-    def over_updates(key: str, y_label: str, title: str, factor: float = 1.0, **more) -> str:
-        return line_plot(lines(reinforced, key, factor), "update", y_label, title=title, **more)
-
-    share = {"factor": 100.0, "y_range": (0.0, 100.0)}
-    rare = {"factor": 100.0, "y_range": (0.0, 5.0)}
-    gap = "Trainer's against generator's log probability of the same token; logarithmic axis."
     return [
         ("Result", "Share of held-out problems solved at the first try, stage by stage.", [_pass_at_1(run), _format(run)]),
-        ("Learning from text", "Cross-entropy per predicted token; lower is better.", _losses(learnt, colours, lines)),
+        ("Learning from text", "Cross-entropy per predicted token; lower is better.", _losses(learnt, colours)),
         (
             "Reinforcement",
             "What the policy was rewarded for, over the optimizer's updates.",
-            [
-                over_updates("reward", "mean reward", "Reward"),
-                over_updates("accuracy", "correct (% of responses)", "Accuracy on training problems", **share),
-                over_updates("format", "in the right format (%)", "Format", **share),
-                over_updates("response_length", "tokens a response", "Response length", y_range=(0.0, 1.0)),
-                over_updates("truncated", "cut at the limit (%)", "Truncated responses", **rare),
-                over_updates("flat_groups", "equal rewards (% of groups)", "Groups without a signal", **rare),
-            ],
+            [_lines(curve, reinforced, colours, UPDATE) for curve in REWARDS],
         ),
         (
             "Health of the updates",
             "How far the policy moves, and whether trainer and generator agree on its probabilities.",
-            [
-                over_updates("kl", "KL (nats per token)", "KL to the reference"),
-                over_updates("entropy", "entropy (nats per token)", "Entropy", y_range=(0.0, 0.0)),
-                over_updates("clip_share", "clipped (% of tokens)", "Clipped ratios", factor=100.0, y_range=(0.0, 1.0)),
-                over_updates(
-                    "rollout_diff_max", "|log p difference| (nats)", "Train / rollout difference, largest", log_y=True, note=gap
-                ),
-                over_updates(
-                    "rollout_diff_mean", "|log p difference| (nats)", "Train / rollout difference, mean", log_y=True, note=gap
-                ),
-                over_updates("grad_norm", "gradient norm", "Gradient norm", y_range=(0.0, 0.0)),
-            ],
+            [_lines(curve, reinforced, colours, UPDATE) for curve in HEALTH],
         ),
         ("Experts", "How evenly tokens spread over the routed experts; 1 is an equal share.", _experts(run, colours)),
         ("Time", "Where the wall clock went.", [_stage_seconds(run), _phases(reinforced)]),
     ]
+
+
+def _lines(curve: Curve, stages: Sequence[StageRun], colours: Mapping[str, int], x_label: str) -> str:
+    """One line a stage."""
+    series = [Series(one.name, one.points(curve.key, curve.factor), colours[one.name], one.is_control) for one in stages]
+    happened = marks((f"{one.name}, ", event) for one in stages for event in one.events) if curve in MARKED else []
+    return line_plot(series, x_label, curve.y_label, title=curve.title, marks=happened, **curve.more)
 
 
 def _colours(stages: Sequence[StageRun]) -> dict[str, int]:
@@ -96,12 +97,10 @@ def _pass_at_1(run: Run) -> str:
         )
         for stage in measured
     ]
-    legend = (
-        [("run", 0, False), ("control (shuffled rewards)", CONTROL, True)] if any(stage.is_control for stage in measured) else []
-    )
+    legend = _legend(bars, "pass@1")
     count = {int(value) for stage in measured if (value := stage.figures.get("num_problems"))}
     note = "Error bars: one standard error." + (f" {count.pop():,} held-out problems." if len(count) == 1 else "")
-    return bar_plot(bars, "pass@1 (% of problems)", "stage", title="pass@1", note=note, legend=legend)
+    return bar_plot(bars, "pass@1 (% of problems)", STAGE, title="pass@1", note=note, legend=legend)
 
 
 def _format(run: Run) -> str:
@@ -110,32 +109,48 @@ def _format(run: Run) -> str:
         for stage in run.evaluated()
         if "format_rate" in stage.figures
     ]
-    legend = [("run", 2, False), ("control (shuffled rewards)", CONTROL, True)] if any(bar.hollow for bar in bars) else []
-    return bar_plot(
-        bars, "in the right format (% of responses)", "stage", title="Answer format on held-out problems", legend=legend
-    )
+    legend = _legend(bars, "right format")
+    return bar_plot(bars, "in the right format (% of responses)", STAGE, title="Answer format on held-out problems", legend=legend)
+
+
+def _legend(bars: Sequence[Bar], name: str) -> list[tuple[str, int, bool]]:
+    """Entries for the bars of a run and, where there is one, of its control."""
+    kinds = {bar.hollow: (f"{name}, control (shuffled rewards)" if bar.hollow else name, bar.colour, bar.hollow) for bar in bars}
+    return [kinds[hollow] for hollow in sorted(kinds)]
 
 
 def _percent(stage: StageRun, key: str) -> float | None:
     return 100 * stage.figures[key] if key in stage.figures else None
 
 
-def _losses(stages: Sequence[StageRun], colours: dict[str, int], lines: Callable[..., list[Series]]) -> list[str]:
+def _losses(stages: Sequence[StageRun], colours: Mapping[str, int]) -> list[str]:
     """One loss plot a stage (their steps and levels differ), then what all of them share."""
     figures = []
     for stage in stages:
-        key = "lm_loss" if stage.points("lm_loss") else "loss"
         series = [
-            Series("training", stage.points(key), colours[stage.name]),
-            Series("held out", stage.points("valid_loss"), colours[stage.name] + 1, dots=True),
+            Series("training", stage.points(LOSS.key) or stage.points("loss"), colours[stage.name]),
+            Series("held out", stage.points(VALID_LOSS.key), colours[stage.name] + 1, dots=True),
         ]
-        figures.append(line_plot(series, "step", "loss (nats per token)", title=f"Loss: {stage.name}"))
-    figures.append(line_plot(lines(stages, "mtp_loss"), "step", "loss (nats per token)", title="Multi-token prediction loss"))
-    figures.append(
-        line_plot(lines(stages, "tokens_per_second"), "step", "tokens per second", title="Throughput", y_range=(0.0, 1.0))
-    )
-    figures.append(line_plot(lines(stages, "lr"), "step", "learning rate", title="Learning rate", y_range=(0.0, 0.0)))
-    return figures
+        happened = marks(("", event) for event in stage.events)
+        figures.append(line_plot(series, STEP, LOSS.y_label, title=f"{LOSS.title}: {stage.name}", marks=happened))
+    return figures + [_lines(curve, stages, colours, STEP) for curve in (MTP_LOSS, GRAD_NORM, SPEED, RATE)]
+
+
+def marks(events: Iterable[tuple[str, Event]]) -> list[Mark]:
+    """Events as marks of a plot; each comes with what its text starts with."""
+    return [Mark(place, *_kind(line), f"{before}{event_text(line)}") for before, (place, line) in events]
+
+
+def event_text(line: Mapping[str, Any]) -> str:
+    """An event in words: ``step 120: step skipped, loss 9.1 is ...``."""
+    place = next((f"{key} {line[key]}: " for key in ("update", "step", "rollout") if key in line), "")
+    reason = line.get("reason")
+    return f"{place}{line.get('event')}{f', {reason}' if reason else ''}"
+
+
+def _kind(line: Mapping[str, Any]) -> tuple[str, int]:
+    text = str(line.get("event"))
+    return next(((name, colour) for part, name, colour in KINDS_OF_EVENT if part in text.lower()), (text, 7))
 
 
 def _experts(run: Run, colours: dict[str, int]) -> list[str]:
@@ -150,14 +165,14 @@ def _experts(run: Run, colours: dict[str, int]) -> list[str]:
         figures.append(
             heat_map(
                 relative,
-                "expert",
-                "MoE layer",
-                "load / equal share",
+                "expert (index)",
+                "MoE layer (index)",
+                "load / equal share (ratio)",
                 title=f"Expert load: {stage.name}",
                 note=f"Last logged line ({'update' if stage.is_rl else 'step'} {step:,.0f}).",
             )
         )
-    for kind, x_label in ((False, "step"), (True, "update")):
+    for kind, x_label in ((False, STEP), (True, UPDATE)):
         series = [
             Series(
                 stage.name,
@@ -169,8 +184,9 @@ def _experts(run: Run, colours: dict[str, int]) -> list[str]:
             if stage.is_rl is kind
         ]
         title = "Busiest expert, " + ("reinforcement" if kind else "training")
-        note = "The worst layer's busiest expert; dotted: an equal share."
-        figures.append(line_plot(series, x_label, "largest load / mean load", title=title, note=note, reference=1.0))
+        note = "The worst layer's busiest expert."
+        level = {"reference": 1.0, "reference_name": "equal share"}
+        figures.append(line_plot(series, x_label, "largest / mean load (ratio)", title=title, note=note, **level))
     return figures
 
 
@@ -182,13 +198,14 @@ def _relative(value: float, row: Sequence[float]) -> float:
 def _stage_seconds(run: Run) -> str:
     done = [stage for stage in run.stages if stage.seconds is not None]
     bars = [Bar(stage.name, stage.seconds, None, 7 if stage.command == "eval" else 0) for stage in done]
-    legend = [("stage", 0, False), ("evaluation", 7, False)] if {bar.colour for bar in bars} == {0, 7} else []
-    return bar_plot(bars, "time (seconds)", "stage", title="Time per stage", legend=legend) if len(bars) > 1 else ""
+    names = {0: "stage", 7: "evaluation"}
+    legend = [(names[colour], colour, False) for colour in sorted({bar.colour for bar in bars})]
+    return bar_plot(bars, "time (seconds)", STAGE, title="Time per stage", legend=legend) if len(bars) > 1 else ""
 
 
 def _phases(stages: Sequence[StageRun]) -> str:
     parts = {name: [stage.total(f"seconds_{key}") for stage in stages] for key, name in PHASES.items()}
     labels = [stage.name for stage in stages]
     return stacked_bars(
-        labels, parts, "time (seconds)", "stage", title="Time per phase of reinforcement", note="Sum over the logged lines."
+        labels, parts, "time (seconds)", STAGE, title="Time per phase of reinforcement", note="Sum over the logged lines."
     )

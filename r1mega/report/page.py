@@ -8,17 +8,20 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from r1mega.config.data import ReportConfig
-from r1mega.report.charts import sections
+from r1mega.report.charts import event_text, sections
 from r1mega.report.plot import PLOT_CSS
 from r1mega.report.problems import problems_html
 from r1mega.report.readers import Run, StageRun, read_run
+
+MOST_EVENTS = 30
+"""Events of one stage that the page lists."""
 
 PAGE_CSS = """
 :root{color-scheme:light dark;--paper:#f6f7f9;--card:#fff;--ink:#1b2330;--muted:#5b6472;--rule:#dfe3e9;--good:#15803d;--bad:#b42318}
@@ -39,12 +42,25 @@ th,td{padding:.35rem .7rem;text-align:right;white-space:nowrap;border-top:1px so
 thead th{border-top:0;color:var(--muted);font-weight:600}
 th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}tr.aside td{color:var(--muted)}
 td:first-child,th:first-child{position:sticky;left:0;background:var(--card)}
+@media (max-width:700px){.stack thead{display:none}.stack tr{display:block;padding:.4rem .7rem;border-top:1px solid var(--rule)}
+.stack tr:first-child{border-top:0}.stack td{display:inline-block;border:0;padding:0 .9rem 0 0;white-space:normal;text-align:left;
+overflow-wrap:anywhere;position:static}.stack td:first-child{display:block;font-weight:600}.stack td.none{display:none}
+.stack td:nth-child(n+3)::before{content:attr(data-head) " ";color:var(--muted);font-size:.8rem}}
+.events{overflow-wrap:anywhere;font-size:.9rem}.events ul{margin:.3rem 0;padding-left:1.2rem;columns:24rem}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;font:.82rem/1.45 ui-monospace,monospace;max-height:22rem;overflow-y:auto}
 .problem{margin-bottom:.75rem}.problem p{margin:.3rem 0}.problem pre{background:var(--paper);border-radius:6px;padding:.5rem}
+.side{overflow-wrap:anywhere}.stack td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:9rem}
 .kind{color:var(--muted);font-size:.82rem}
 .sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:.75rem}
+.pairs td{white-space:normal;overflow-wrap:anywhere;vertical-align:top;text-align:left}
+.pairs td:first-child{min-width:8rem;color:var(--muted)}
+.diff td,.diff th{text-align:left;white-space:normal;overflow-wrap:anywhere;vertical-align:top;min-width:6rem}
+.diff td.note{color:var(--muted)}.diff td:first-child{color:var(--muted);min-width:10rem}
+@media (max-width:700px){.stack.diff td:nth-child(2)::before{content:attr(data-head) " ";color:var(--muted);font-size:.8rem}
+.stack.diff td.note{display:block}.stack.diff td.note::before{content:""}.stack td:empty{display:none}}
+.runs .swatch{width:1rem;height:.6rem;background:var(--c);flex:none}
 .good{color:var(--good);font-weight:600}.bad{color:var(--bad);font-weight:600}.warn{border-left:4px solid var(--bad)}
-details{margin:.5rem 0}summary{cursor:pointer}
+details{margin:.5rem 0}summary{cursor:pointer;overflow-wrap:anywhere}
 ul.links{columns:18rem;font-size:.9rem;padding-left:1.2rem}ul.links li{overflow-wrap:anywhere}
 """
 
@@ -57,38 +73,49 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
     run = read_run(Path(cfg.run))
     target = Path(cfg.target)
     text = render(run, target)
+    publish(target, text)
+    plots = text.count('role="img"')
+    print(f"report: {target} ({len(text.encode()) / 1e6:.2f} MB, {plots} plots)", flush=True)
+    return {"page": str(target), "bytes": len(text.encode()), "stages": len(run.stages), "plots": plots}
+
+
+def publish(target: Path, text: str) -> None:
+    """Write a page aside and put it in its place by rename."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)
     os.chmod(aside, 0o644)  # mkstemp makes it readable for its owner alone
     os.replace(aside, target)
-    plots = text.count('role="img"')
-    print(f"report: {target} ({len(text.encode()) / 1e6:.2f} MB, {plots} plots)", flush=True)
-    return {"page": str(target), "bytes": len(text.encode()), "stages": len(run.stages), "plots": plots}
+
+
+def html_page(title: str, body: str) -> str:
+    """A whole page with its style inside."""
+    head = (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{PAGE_CSS}{PLOT_CSS}</style></head>"
+    )
+    return f"{head}<body><main>{body}</main></body></html>\n"
 
 
 def render(run: Run, target: Path) -> str:
     """The page as text; links are relative to ``target``'s folder."""
-    body = [_headline(run), _warnings(run), _table(run)]
+    body = [_headline(run), _warnings(run), _table(run), _events(run)]
     charts = sections(run)
     for index, (title, says, figures) in enumerate(charts):
         cards = "".join(f'<div class="card">{figure}</div>' for figure in figures)
-        body.append(_section(title, f'<p class="says">{escape(says)}</p><div class="plots">{cards}</div>'))
+        body.append(section(title, f'<p class="says">{escape(says)}</p><div class="plots">{cards}</div>'))
         if index == 0:
             body.append(_problems(run))
     if not charts:
         body.append(_problems(run))
     body += [_links(run, target), _environment(run)]
-    head = (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(run.name)}: r1mega report</title><style>{PAGE_CSS}{PLOT_CSS}</style></head>"
-    )
-    return f"{head}<body><main>{''.join(body)}</main></body></html>\n"
+    return html_page(f"{run.name}: r1mega report", "".join(body))
 
 
-def _section(title: str, inner: str) -> str:
+def section(title: str, inner: str) -> str:
+    """A heading with what is below it; "" where that is empty."""
     return f"<section><h2>{escape(title)}</h2>{inner}</section>" if inner else ""
 
 
@@ -96,7 +123,7 @@ def _problems(run: Run) -> str:
     pair = run.before_and_after()
     if pair is None:
         return _single_problems(run)
-    return _section("Answers before and after", problems_html(*pair))
+    return section("Answers before and after", problems_html(*pair))
 
 
 def _single_problems(run: Run) -> str:
@@ -114,7 +141,7 @@ def _single_problems(run: Run) -> str:
                 f"<p>Answer: <b>{escape(str(one.get('answer')))}</b>"
                 f" {verdict}</p><pre>{escape(str(responses[0].get('text', '')))}</pre></article>"
             )
-    return _section("Answers", "".join(rows))
+    return section("Answers", "".join(rows))
 
 
 def _headline(run: Run) -> str:
@@ -144,6 +171,8 @@ def _headline(run: Run) -> str:
             f", {len(gpus)} × {gpus[0]}" if gpus else ""
         )
         tiles.append(("Machine", str(run.machine.get("processor", "-")), extra))
+    if run.starts:
+        tiles.append(("Code", *_code(run.starts)))
     cells = "".join(
         f'<div class="card"><dt>{escape(name)}</dt>'
         f"<dd>{escape(value)}{f'<small>{escape(extra)}</small>' if extra else ''}</dd></div>"
@@ -154,13 +183,42 @@ def _headline(run: Run) -> str:
     )
 
 
+def _code(starts: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """The last start's version, and in small its commit and how often the run was started."""
+    code = starts[-1].get("code") or {}
+    commit = str(code.get("commit") or "")[:10]
+    changed = len({str((start.get("code") or {}).get("source")) for start in starts}) > 1
+    parts = [f"commit {commit}{' with changes' if code.get('dirty') else ''}" if commit else "no git checkout"]
+    parts += [f"{len(starts)} starts{', the code changed between them' if changed else ''}"] if len(starts) > 1 else []
+    return f"r1mega {code.get('version', '-')}", ", ".join(parts)
+
+
 def _warnings(run: Run) -> str:
     texts = [
         f"{stage.name}: {stage.bad_lines} damaged line(s) of metrics.jsonl left out" for stage in run.stages if stage.bad_lines
     ]
     if run.kind == "recipe":
         texts += [f"{stage.name}: not finished" for stage in run.stages if stage.seconds is None]
+    for stage in run.stages:
+        if counts := stage.not_finite():
+            what = ", ".join(f"{key} ({count})" for key, count in sorted(counts.items()))
+            texts.append(f"{stage.name}: values that are not finite, left out of the plots: {what}")
+        if stage.tested.get("num_problems") == 0:
+            texts.append(f"{stage.name}: evaluated on no problem")
     return f'<p class="card warn">{"<br>".join(escape(text) for text in texts)}</p>' if texts else ""
+
+
+def _events(run: Run) -> str:
+    """What the training met on its way (steps skipped, rollbacks), stage by stage; "" where nothing happened."""
+    lines = []
+    for stage in run.stages:
+        texts = [event_text(line) for _, line in stage.events]
+        rows = "".join(f"<li>{escape(text)}</li>" for text in texts[:MOST_EVENTS])
+        rest = f"<li>and {len(texts) - MOST_EVENTS:,} more</li>" if len(texts) > MOST_EVENTS else ""
+        if rows:
+            lines.append(f"<details open><summary>{escape(stage.name)}: {len(texts):,}</summary><ul>{rows}{rest}</ul></details>")
+    says = '<p class="says">Also marked in the plots of loss, reward and gradient norm.</p>'
+    return section("Events", f'{says}<div class="card events">{"".join(lines)}</div>' if lines else "")
 
 
 def _table(run: Run) -> str:
@@ -180,11 +238,16 @@ def _table(run: Run) -> str:
             f"{100 * figures['format_rate']:.1f}" if "format_rate" in figures else "-",
             f"{length:.1f}" if length is not None else "-",
         )
-        row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        row = "".join(
+            f'<td data-head="{head}" class="{"none" if cell == "-" else ""}">{escape(cell)}</td>'
+            for head, cell in zip(heads, cells, strict=True)
+        )
         rows.append(_row(row, stage))
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    table = f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    return _section("Stages", table)
+    table = (
+        f'<div class="card scroll"><table class="stack"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+    return section("Stages", table)
 
 
 def _row(cells: str, stage: StageRun) -> str:
@@ -220,21 +283,23 @@ def _links(run: Run, target: Path) -> str:
     for path in found:
         link = Path(os.path.relpath(path.resolve(), base)).as_posix()
         items.append(f'<li><a href="{escape(quote(link))}">{escape(path.relative_to(run.folder).as_posix())}</a></li>')
-    return _section("Files", f'<ul class="links">{"".join(items)}</ul>' if items else "")
+    return section("Files", f'<ul class="links">{"".join(items)}</ul>' if items else "")
 
 
 def _environment(run: Run) -> str:
     parts = []
-    if run.machine:
-        rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in _flat(run.machine))
-        parts.append(
-            f'<details><summary>Environment</summary><div class="card scroll"><table><tbody>{rows}</tbody></table></div></details>'
-        )
+    records = [("Environment", run.machine)] if run.machine else []
+    records += [(f"Last start: {run.name}", run.starts[-1])] if run.starts else []
+    records += [(f"Last start: {one.name}", one.starts[-1]) for one in run.stages if one.starts and one.starts != run.starts]
+    for name, values in records:
+        rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in _flat(values))
+        table = f'<div class="card"><table class="pairs"><tbody>{rows}</tbody></table></div>'
+        parts.append(f"<details><summary>{escape(name)}</summary>{table}</details>")
     configs = [(run.name, run.config)] if run.config else []
     configs += [(stage.name, stage.config) for stage in run.stages if stage.config and stage.config != run.config]
     for name, config in configs:
         parts.append(f'<details><summary>Config: {escape(name)}</summary><pre class="card">{escape(config)}</pre></details>')
-    return _section("Config and environment", "".join(parts))
+    return section("Config and environment", "".join(parts))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -243,5 +308,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             rows += _flat(value, f"{prefix}{key} ")
         else:
-            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)))
     return rows

@@ -2,6 +2,7 @@
 
 In: numbers and labels (any text; escaped here). Out: HTML text. Title and legend are HTML, so that they wrap on a narrow page;
 colours are CSS variables of :data:`PLOT_CSS`, so that one page serves light and dark. Values that are not finite are left out.
+Every plot has a label with a unit on both axes and a legend (a heat map: its scale of colours).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from html import escape
 
 WIDTH = 420  # view box units; near the width of a column, so that text keeps its size
 HEIGHT = 250
-CHAR = 7.9  # width of a digit of 12.5 px in the widest of the usual fonts
 NUM_COLOURS = 8
 MAX_POINTS = 400
+MAX_RULES = 40
+"""Marks of one plot that are lines from top to bottom; of more, the flags alone."""
 
 PLOT_CSS = """
 :root{--s0:#1f6fd0;--s1:#c2570c;--s2:#15803d;--s3:#9333c9;--s4:#b4235a;
@@ -24,16 +26,19 @@ PLOT_CSS = """
 --s5:#4fd0dc;--s6:#e3c04b;--s7:#a8b2c1;--low:#6aa9ff;--high:#ff9d57}}
 .c0{--c:var(--s0)}.c1{--c:var(--s1)}.c2{--c:var(--s2)}.c3{--c:var(--s3)}
 .c4{--c:var(--s4)}.c5{--c:var(--s5)}.c6{--c:var(--s6)}.c7{--c:var(--s7)}
-figure{margin:0;min-width:0}figcaption{font-weight:600;margin:0 0 .25rem}
+figure{margin:0;min-width:0}figcaption{font-weight:600;margin:0 0 .25rem;overflow-wrap:anywhere}
 figure .note{color:var(--muted);font-size:.8rem;margin:.25rem 0 0}
 figure svg{display:block;width:100%;height:auto;max-width:640px}
 svg text{font:12.5px system-ui,sans-serif;fill:var(--ink)}svg text.tick{fill:var(--muted)}
 .grid{stroke:var(--rule);stroke-width:1}.axis{stroke:var(--muted);stroke-width:1}.ref{stroke:var(--muted);stroke-dasharray:2 3}
+.band{fill:var(--c);fill-opacity:.2;stroke:var(--c);stroke-opacity:.35;stroke-width:.8}
+.mark{stroke:var(--c);stroke-width:1.3;stroke-dasharray:3 2}.flag{fill:var(--c)}
 .line{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}.dashed{stroke-dasharray:6 4}.dot,.bar{fill:var(--c)}
 .bar.hollow{fill-opacity:.2;stroke:var(--c);stroke-dasharray:4 3}.err{stroke:var(--ink);stroke-width:1.4;fill:none}
 .cell{stroke:var(--rule);stroke-width:.5}.cell.low{fill:var(--low)}.cell.high{fill:var(--high)}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem .9rem;list-style:none;margin:0 0 .3rem;padding:0;font-size:.82rem}
-.legend li{display:flex;align-items:center;gap:.35rem}.legend svg{width:22px;height:10px;flex:none}
+.legend li{display:flex;align-items:center;gap:.35rem;min-width:0;overflow-wrap:anywhere}
+.legend svg{width:22px;height:10px;flex:none}
 """
 
 
@@ -46,6 +51,16 @@ class Series:
     colour: int = 0
     dashed: bool = False
     dots: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at ``x``: a vertical line. ``kind``: its name in the legend; ``says``: shown under the pointer."""
+
+    x: float
+    kind: str
+    colour: int = 7
+    says: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,20 +84,24 @@ def line_plot(
     note: str = "",
     y_range: tuple[float, float] | None = None,
     reference: float | None = None,
+    reference_name: str = "reference",
+    marks: Sequence[Mark] = (),
 ) -> str:
-    """Lines over one x axis. ``y_range``: at least this much is shown; ``reference``: a dotted level. "" without any value.
+    """Lines over one x axis of whole numbers. ``y_range``: at least this much is shown; ``reference``: a dotted level.
 
+    "" without values.
     ``log_y`` leaves out values of 0 (to within 1e-290) and below. A line of more than :data:`MAX_POINTS` points is drawn as
-    means of equal groups.
+    means of equal groups, with a band from the smallest to the largest value of each. ``marks``: vertical lines.
     """
     kept = [(one, _thin([(x, y) for x, y in one.points if math.isfinite(y) and (y > 1e-290 or not log_y)])) for one in series]
-    kept = [(one, points) for one, points in kept if points]
+    kept = [(one, groups) for one, groups in kept if groups]
     if not kept:
         return ""
-    xs = [x for _, points in kept for x, _ in points]
-    ys = [y for _, points in kept for _, y in points] + [*(y_range or ())] + ([reference] if reference is not None else [])
+    xs = [x for _, groups in kept for x, *_ in groups] + [mark.x for mark in marks]
+    ys = [y for _, groups in kept for _, *three in groups for y in three]
+    ys += [*(y_range or ())] + ([reference] if reference is not None else [])
     low_x, high_x = _spread(0.0 if 0 < min(xs) < 0.1 * max(xs) else min(xs), max(xs))
-    x_ticks = nice_ticks(low_x, high_x, 5)
+    x_ticks = nice_ticks(low_x, high_x, 5, whole=True) if len(set(xs)) > 1 else [xs[0]]
     x_texts = tick_texts(x_ticks)
     if log_y:
         y_ticks = _log_ticks(min(ys), max(ys))
@@ -93,8 +112,8 @@ def line_plot(
         low_y, high_y = (low_y if low_y == 0 else low_y - pad), high_y + pad
         y_ticks = nice_ticks(low_y, high_y)
     y_texts = [f"{tick:.0e}".replace("e-0", "e-").replace("e+0", "e") for tick in y_ticks] if log_y else tick_texts(y_ticks)
-    left, right = 30 + CHAR * max(map(len, y_texts)), WIDTH - max(CHAR * len(x_texts[-1]) / 2, 10)
-    top, bottom = 10, HEIGHT - 44
+    left, right = 30 + max(map(text_width, y_texts)), WIDTH - max(text_width(x_texts[-1]) / 2, 10)
+    top, bottom = (18 if marks else 10), HEIGHT - 44
 
     def place_x(x: float) -> float:
         return left + (x - low_x) / (high_x - low_x) * (right - left)
@@ -113,17 +132,34 @@ def line_plot(
     if reference is not None:
         parts.append(_rule(left, place_y(reference), right, place_y(reference), "ref"))
     parts.append(_rule(left, bottom, right, bottom, "axis"))
-    for one, points in kept:
-        spots = [(place_x(x), place_y(y)) for x, y in points]
+    keys = []
+    for one, groups in sorted(kept, key=lambda pair: not pair[0].dots):  # lines lie over dots
+        spots = [(place_x(x), place_y(mean)) for x, mean, _, _ in groups]
         colour = f"c{one.colour % NUM_COLOURS}"
         if one.dots or len(spots) == 1:
-            parts += [f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in spots]
+            size = 3 if len(spots) <= 60 else 1.5
+            parts += [f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="{size}"/>' for x, y in spots]
         else:
-            path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-            parts.append(f'<path class="line {colour}{" dashed" if one.dashed else ""}" d="{path}"/>')
+            if len(one.points) > MAX_POINTS:
+                edge = [(place_x(x), place_y(high)) for x, _, _, high in groups]
+                edge += [(place_x(x), place_y(low)) for x, _, low, _ in reversed(groups)]
+                parts.append(f'<path class="band {colour}" d="M{_path(edge)}Z"/>')
+            parts.append(f'<path class="line {colour}{" dashed" if one.dashed else ""}" d="M{_path(spots)}"/>')
+        keys.append((one.name, one.colour, "dots" if one.dots or len(spots) == 1 else "dashed" if one.dashed else "line"))
+    spots = {(mark.kind, round(place_x(mark.x))): mark for mark in marks}  # one a pixel: a run may have thousands
+    for mark in spots.values():
+        x, colour = place_x(mark.x), f"c{mark.colour % NUM_COLOURS}"
+        flag = f'<path class="flag" d="M{x - 4:.1f},{top - 8}h8l-4,7z"/>'
+        line = f'<path class="mark" d="M{x:.1f},{top}V{bottom}"/>' if len(spots) <= MAX_RULES else ""
+        parts.append(f'<g class="{colour}"><title>{escape(mark.says or mark.kind)}</title>{line}{flag}</g>')
+    keys += list({mark.kind: (mark.kind, mark.colour, "mark") for mark in marks}.values())
+    if reference is not None:
+        keys.append((reference_name, 7, "ref"))
     parts += _axis_labels(x_label, y_label, left, right, top, bottom, HEIGHT)
-    keys = [(one.name, one.colour, "dots" if one.dots else "dashed" if one.dashed else "line") for one, _ in kept]
-    return _figure(title, keys if len(keys) > 1 else [], _svg(parts, HEIGHT, title or y_label), note)
+    longest = max(len(one.points) for one, _ in kept)
+    if longest > MAX_POINTS:
+        note = f"{note} Means of {math.ceil(longest / MAX_POINTS)} lines each; the band is from smallest to largest.".strip()
+    return _figure(title, keys, _svg(parts, HEIGHT, title or y_label), note)
 
 
 def bar_plot(
@@ -144,7 +180,7 @@ def bar_plot(
     ends = [bar.value + (bar.error or 0.0) for bar in bars]
     rows = [(bar.label, [(bar.value, bar.colour, bar.hollow, "")], bar.error, text) for bar, text in zip(bars, texts, strict=True)]
     keys = [(name, colour, "hollow" if hollow else "bar") for name, colour, hollow in legend]
-    return _rows_of_bars(rows, max(ends), x_label, y_label, title, note, keys if len(keys) > 1 else [])
+    return _rows_of_bars(rows, max(ends), x_label, y_label, title, note, keys or [(title or x_label, bars[0].colour, "bar")])
 
 
 def stacked_bars(
@@ -160,15 +196,15 @@ def stacked_bars(
         pieces = [(parts[name][index], colour, False, name) for colour, name in enumerate(names)]
         rows.append((label, pieces, None, f"{totals[index]:,.0f}" if totals[index] >= 10 else f"{totals[index]:.1f}"))
     keys = [(name, colour, "bar") for colour, name in enumerate(names)]
-    return _rows_of_bars(rows, max(totals), x_label, y_label, title, note, keys if len(keys) > 1 else [])
+    return _rows_of_bars(rows, max(totals), x_label, y_label, title, note, keys)
 
 
 def _rows_of_bars(rows, highest: float, x_label: str, y_label: str, title: str, note: str, keys) -> str:
     """``rows``: (label, pieces (value, colour, hollow, name), half error or None, text at the end)."""
-    row_height, top = max(26.0, CHAR * len(y_label) / len(rows)), 8
-    longest = min(max(len(label) for label, *_ in rows), 21)
-    left = 28 + CHAR * longest
-    right = WIDTH - 12 - CHAR * max(len(text) for *_, text in rows)
+    row_height, top = max(26.0, (text_width(y_label) + 8) / len(rows)), 8
+    shorts = [shorten(label, 160.0) for label, *_ in rows]
+    left = 28 + max(map(text_width, shorts))
+    right = WIDTH - 12 - max(text_width(text) for *_, text in rows)
     bottom = top + row_height * len(rows)
     height = bottom + 44
     high = highest or 1.0
@@ -183,8 +219,7 @@ def _rows_of_bars(rows, highest: float, x_label: str, y_label: str, title: str, 
         parts.append(_text(place(tick), bottom + 17, text, "middle", "tick"))
     for index, (label, pieces, error, text) in enumerate(rows):
         middle = top + row_height * (index + 0.5)
-        short = label if len(label) <= 21 else label[:20] + "…"
-        parts.append(_text(left - 7, middle + 4, short, "end", "", label))
+        parts.append(_text(left - 7, middle + 4, shorts[index], "end", "", label))
         start = 0.0
         for value, colour, hollow, name in pieces:
             width = max(place(start + value) - place(start), 0.0)
@@ -222,9 +257,9 @@ def heat_map(
         return ""
     num_rows, num_columns = len(values), len(values[0])
     names = list(row_names) or [str(index) for index in range(num_rows)]
-    left, right, top = 28 + CHAR * max(len(name) for name in names), WIDTH - 12, 6
+    left, right, top = 28 + max(map(text_width, names)), WIDTH - 12, 6
     cell_width = (right - left) / num_columns
-    cell_height = max(min(cell_width, 24.0, 420.0 / num_rows), CHAR * len(y_label) / num_rows, 3.0)
+    cell_height = max(min(cell_width, 24.0, 420.0 / num_rows), (text_width(y_label) + 8) / num_rows, 3.0)
     bottom = top + cell_height * num_rows
     height = bottom + 96
     flat = [value for row in values for value in row]
@@ -245,7 +280,7 @@ def heat_map(
             parts.append(cell(left + cell_width * column, y, cell_width, cell_height, value, says))
         if row_idx % row_every == 0:
             parts.append(_text(left - 6, y + cell_height / 2 + 4, names[row_idx], "end", "tick"))
-    column_every = max(math.ceil((CHAR * len(str(num_columns)) + 8) / cell_width), 1)
+    column_every = max(math.ceil((text_width(str(num_columns)) + 8) / cell_width), 1)
     for column in range(0, num_columns, column_every):
         parts.append(_text(left + cell_width * (column + 0.5), bottom + 16, str(column), "middle", "tick"))
     parts += _axis_labels(x_label, y_label, left, right, top, bottom, bottom + 44)
@@ -255,19 +290,35 @@ def heat_map(
         parts.append(cell(left + piece * index, scale_top, piece, 8, low + (high - low) * index / (steps - 1)))
     for value, anchor in ((low, "start"), (high, "end")):
         parts.append(_text(left if anchor == "start" else right, scale_top + 22, f"{value:.2f}", anchor, "tick"))
-    parts.append(_text((left + right) / 2, scale_top + 34, value_label, "middle"))
+    parts.append(_text((left + right) / 2, scale_top + 36, value_label, "middle", "scale"))
     return _figure(title, [], _svg(parts, height, title or value_label), note)
 
 
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About ``count`` round numbers (1, 2 or 5 times a power of ten apart) from ``low`` to ``high``, rising."""
+def text_width(text: str) -> float:
+    """Width of a text of 12.5 px in DejaVu Sans, the widest of the usual fonts."""
+    return sum(_WIDTHS.get(one, 9.8 if one.isupper() else 8.0 if one.isascii() else 12.5) for one in text)
+
+
+def shorten(text: str, width: float) -> str:
+    """``text``, or its beginning and its end with … between where it is wider than ``width``."""
+    if text_width(text) <= width:
+        return text
+    kept = len(text) - 1
+    while kept > 1 and text_width(text) - text_width(text[(kept + 1) // 2 : len(text) - kept // 2]) + 12.5 > width:
+        kept -= 1
+    return f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+
+
+def nice_ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
+    """About ``count`` round numbers (1, 2 or 5 times a power of ten apart) from ``low`` to ``high``, rising; ``whole`` ones."""
     rough = (high - low) / max(count, 1)
+    rough = max(rough, 1.0) if whole and high - low >= 1 else rough
     if not rough > 0:
         return [low]
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.8)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)] or [low]
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)] or [low]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -287,18 +338,25 @@ def tick_texts(ticks: Sequence[float]) -> list[str]:
     top = max(abs(tick) for tick in ticks)
     unit, sign = next(((unit, sign) for unit, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if top >= 10 * unit), (1.0, ""))
     step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else top
-    if 0 < top < 1e-3:
+    if 0 < top < 1e-3 or top >= 1e13:
         return [f"{tick:.1e}" if tick else "0" for tick in ticks]
     decimals = min(max(-math.floor(math.log10(step / unit) + 1e-9), 0), 6) if step > 0 else 0
     return [f"{tick / unit:.{decimals}f}{sign if tick else ''}" for tick in ticks]
 
 
-def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
+    """At most :data:`MAX_POINTS` groups of neighbours: mean x, and mean, smallest and largest y."""
     size = math.ceil(len(points) / MAX_POINTS)
-    if size <= 1:
-        return points
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+    groups = [points[start : start + size] for start in range(0, len(points), size)] if points else []
+    return [
+        (sum(x for x, _ in group) / len(group), sum(ys) / len(ys), min(ys), max(ys))
+        for group in groups
+        for ys in [[y for _, y in group]]
+    ]
+
+
+def _path(spots: Sequence[tuple[float, float]]) -> str:
+    return "L".join(f"{x:.1f},{y:.1f}" for x, y in spots)
 
 
 def _spread(low: float, high: float) -> tuple[float, float]:
@@ -317,9 +375,11 @@ def _text(x: float, y: float, text: str, anchor: str, kind: str = "", title: str
 
 
 def _axis_labels(x_label: str, y_label: str, left: float, right: float, top: float, bottom: float, height: float) -> list[str]:
-    turn = f"translate(13 {(top + bottom) / 2:.1f}) rotate(-90)"
+    middle_x, middle_y = (left + right) / 2, (top + bottom) / 2
+    x_label, y_label = shorten(x_label, 2 * min(middle_x, WIDTH - middle_x)), shorten(y_label, 2 * min(middle_y, height - middle_y))
+    turn = f"translate(13 {middle_y:.1f}) rotate(-90)"
     return [
-        _text((left + right) / 2, height - 8, x_label, "middle", "axis-x"),
+        _text(middle_x, height - 8, x_label, "middle", "axis-x"),
         f'<text class="axis-y" x="0" y="0" text-anchor="middle" transform="{turn}">{escape(y_label)}</text>',
     ]
 
@@ -328,10 +388,25 @@ def _svg(parts: Iterable[str], height: float, label: str) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
 
 
+_WIDTHS = {
+    letter: width
+    for letters, width in (
+        ("'ijlIJ ,.", 4.0),
+        ("/:;\\|f-", 4.5),
+        ("()[]t!r", 5.1),
+        ('"*_`s?zc', 6.9),
+        ("w#+<=>^~M±×→Ω", 10.8),
+        ("%mW@…", 12.5),
+    )
+    for letter in letters
+}
+
 _KEYS = {
     "line": '<path class="line" d="M0,5H22"/>',
     "dashed": '<path class="line dashed" d="M0,5H22"/>',
     "dots": '<circle class="dot" cx="11" cy="5" r="3"/>',
+    "mark": '<path class="flag" d="M7,0h8l-4,7z"/>',
+    "ref": '<path class="ref" d="M0,5H22"/>',
     "bar": '<rect class="bar" x="4" width="14" height="10"/>',
     "hollow": '<rect class="bar hollow" x="4" width="14" height="10"/>',
 }

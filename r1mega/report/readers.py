@@ -1,32 +1,38 @@
 """Reads a run folder into dataclasses. Knows the files' names and fields; draws nothing and writes nothing.
 
 In: the folder of a recipe, of one training run (``metrics.jsonl``) or of one evaluation (``eval.json``). Out: :class:`Run`.
-What is damaged in part is read in part: a half-written last line is left out, a broken line inside is counted.
+What is damaged in part is read in part: a half-written last line is left out, a broken line inside is counted. Lines with ``event``
+(a step skipped, a rollback) are no metrics and are kept apart.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from r1mega import provenance
 from r1mega.config.errors import UserError
 
 Point = tuple[float, float]
+Event = tuple[float, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class StageRun:
     """One stage as its files show it.
 
-    ``metrics``: one dict a line, in order of step; ``evaluation``: its own ``eval.json``; ``figures``: pass@1 and the like of this
-    stage (recipe: measured by ``eval_<name>``); ``tested``: the ``eval.json`` behind ``figures``; ``config``: the resolved config
-    as text; ``is_control``: rewards carry no signal; ``bad_lines``: broken lines left out; ``seconds`` None: not finished.
+    ``metrics``: one dict a line, in order of step; ``events``: (where on the x axis, the line) in the file's order; ``evaluation``:
+    its own ``eval.json``; ``figures``: pass@1 and the like of this stage (recipe: measured by ``eval_<name>``); ``tested``: the
+    ``eval.json`` behind ``figures``; ``config``: the resolved config as text; ``starts``: see :mod:`r1mega.provenance`;
+    ``is_control``: rewards carry no signal; ``bad_lines``: broken lines left out; ``seconds`` None: not finished.
     """
 
     name: str
@@ -35,13 +41,20 @@ class StageRun:
     seconds: float | None = None
     tokens: float | None = None
     metrics: tuple[dict[str, Any], ...] = ()
+    events: tuple[Event, ...] = ()
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
     tested: Mapping[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     config: str = ""
+    starts: tuple[dict[str, Any], ...] = ()
     is_control: bool = False
     bad_lines: int = 0
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The saved config file as an object (command, overrides, choices, config); empty when it is absent or damaged."""
+        return _settings(self.config)
 
     @property
     def is_rl(self) -> bool:
@@ -56,6 +69,14 @@ class StageRun:
             if value is not None:
                 found.append((step_of(line, index), value * factor))
         return found
+
+    def not_finite(self) -> dict[str, int]:
+        """Key to how many of its values are NaN or infinite, which no plot can show."""
+        return dict(
+            Counter(
+                key for line in self.metrics for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)
+            )
+        )
 
     def total(self, key: str) -> float:
         """Sum of ``key`` over all lines; 0 where no line has it."""
@@ -85,6 +106,12 @@ class Run:
     seconds: float | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
     config: str = ""
+    starts: tuple[dict[str, Any], ...] = ()
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The saved config file of the run as an object; empty when it is absent or damaged."""
+        return _settings(self.config)
 
     def evaluated(self) -> list[StageRun]:
         """Stages with a pass@1 on held-out problems, in order; evaluations themselves only where nothing else has one."""
@@ -112,16 +139,16 @@ def step_of(line: Mapping[str, Any], index: int) -> float:
     return next((value for key in ("update", "step", "rollout") if (value := number(line.get(key))) is not None), float(index))
 
 
-def read_metrics(path: Path) -> tuple[tuple[dict[str, Any], ...], int]:
-    """Lines of a ``metrics.jsonl`` in order of step, and how many broken lines were left out.
+def read_metrics(path: Path) -> tuple[tuple[dict[str, Any], ...], tuple[Event, ...], int]:
+    """Lines of a ``metrics.jsonl`` in order of step, its events, and how many broken lines were left out.
 
     The last line may be half written (no line end): left out and not counted. Of lines for the same step the last one counts: a
     run that went on from a checkpoint wrote those steps again. An absent file has no lines.
     """
     if not path.is_file():
-        return (), 0
+        return (), (), 0
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines, bad = {}, 0
+    lines, events, bad = {}, [], 0
     rows = text.split("\n")
     for index, row in enumerate(rows):
         if not row.strip():
@@ -130,11 +157,27 @@ def read_metrics(path: Path) -> tuple[tuple[dict[str, Any], ...], int]:
             line = json.loads(row)
         except ValueError:
             line = None
-        if isinstance(line, dict):
+        if isinstance(line, dict) and "event" in line:
+            events.append(line)
+        elif isinstance(line, dict):
             lines[step_of(line, index)] = line
         elif index < len(rows) - 1:
             bad += 1
-    return tuple(lines[step] for step in sorted(lines)), bad
+    metrics = tuple(lines[step] for step in sorted(lines))
+    return metrics, tuple(_placed(events, metrics)), bad
+
+
+def _placed(events: Sequence[dict[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> Iterator[Event]:
+    """Each event with its place on the x axis of the lines: RL's lines lie at updates, its events name rollouts."""
+    pairs = ((number(line.get("rollout")), number(line.get("update"))) for line in metrics)
+    update_of = {rollout: update for rollout, update in pairs if rollout and update}
+    each = next((update / rollout for rollout, update in update_of.items()), 1.0)
+    for line in events:
+        rollout = number(line.get("rollout"))
+        if rollout is not None and "update" not in line:
+            yield update_of.get(rollout, rollout * each), line
+        else:
+            yield step_of(line, 0), line
 
 
 def read_run(folder: Path) -> Run:
@@ -144,9 +187,10 @@ def read_run(folder: Path) -> Run:
     summary = _object(folder / "summary.json")
     config = _text(folder / "config.yaml")
     if summary or (folder / "stages").is_dir():
-        stages = _recipe_stages(folder, summary)
+        stages = _recipe_stages(folder, summary, _mapping(_settings(config).get("config")))
         if not stages:
             raise UserError(f"run: a run with at least one stage; got {str(folder)!r} without any; run the recipe first")
+        starts = tuple(provenance.starts(folder))
         return Run(
             name=str(summary.get("recipe") or folder.resolve().name),
             kind="recipe",
@@ -154,14 +198,15 @@ def read_run(folder: Path) -> Run:
             stages=tuple(stages),
             seed=summary.get("seed", _seed(config)),
             seconds=number(summary.get("seconds")),
-            machine=_mapping(summary.get("machine")),
+            machine=_mapping(summary.get("machine")) or _machine(starts),
             config=config,
+            starts=starts,
         )
-    metrics, bad = read_metrics(folder / "metrics.jsonl")
+    metrics, events, bad = read_metrics(folder / "metrics.jsonl")
     evaluation = _object(folder / "eval.json")
     if not metrics and not evaluation:
         raise UserError(
-            f"run: a folder with summary.json, metrics.jsonl or eval.json; got {str(folder)!r} without a readable one; "
+            f"run: a folder with summary.json, eval.json, or lines in metrics.jsonl; got {str(folder)!r} without a readable one; "
             "check the path"
         )
     name = folder.resolve().name
@@ -174,29 +219,44 @@ def read_run(folder: Path) -> Run:
         seconds=_seconds_of(metrics) if metrics else number(evaluation.get("seconds")),
         tokens=_tokens_of(metrics) if metrics else number(evaluation.get("tokens")),
         metrics=metrics,
+        events=events,
         evaluation=evaluation,
         figures=_figures(evaluation),
         tested=evaluation,
         config=config,
+        starts=tuple(provenance.starts(folder)),
         bad_lines=bad,
     )
     kind = "training" if metrics else "evaluation"
-    return Run(name, kind, folder, (stage,), _seed(config), stage.seconds, config=config)
+    machine = _machine(stage.starts)
+    return Run(name, kind, folder, (stage,), _seed(config), stage.seconds, machine, config, stage.starts)
 
 
-def _recipe_stages(folder: Path, summary: Mapping[str, Any]) -> list[StageRun]:
-    """Stages of the summary in its order, then folders that it does not have yet (running or interrupted stages)."""
+def _machine(starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The machine of the last recorded start; empty without one."""
+    return _mapping(starts[-1].get("machine")) if starts else {}
+
+
+def _recipe_stages(folder: Path, summary: Mapping[str, Any], settings: Mapping[str, Any]) -> list[StageRun]:
+    """Stages of the summary in its order, then folders that it does not have yet (running or interrupted stages).
+
+    Stages that write a report are left out: the page is not its own subject.
+    """
+    planned = _mapping(_mapping(settings.get("recipe")).get("stages"))
     rows = [row for row in summary.get("stages") or [] if isinstance(row, dict) and isinstance(row.get("name"), str)]
     names = [row["name"] for row in rows]
     home = folder / "stages"
     extra = [path for path in home.iterdir() if path.is_dir() and path.name not in names] if home.is_dir() else []
-    rows += [{"name": path.name} for path in sorted(extra, key=lambda path: path.stat().st_mtime)]
+    for path in sorted(extra, key=lambda path: path.stat().st_mtime):
+        rows.append({"name": path.name, "command": _mapping(planned.get(path.name)).get("command")})
     stages = []
     for row in rows:
+        if row.get("command") == "report":
+            continue
         place = home / row["name"]
         record = _object(place / "stage.json")
         overrides = tuple(text for text in record.get("overrides") or [] if isinstance(text, str))
-        metrics, bad = read_metrics(place / "metrics.jsonl")
+        metrics, events, bad = read_metrics(place / "metrics.jsonl")
         tested = _object(home / f"eval_{row['name']}" / "eval.json")
         own = _object(place / "eval.json")
         stages.append(
@@ -209,11 +269,13 @@ def _recipe_stages(folder: Path, summary: Mapping[str, Any]) -> list[StageRun]:
                 seconds=number(row.get("seconds")) if row.get("seconds") is not None else number(record.get("seconds")),
                 tokens=number(row.get("tokens")) if row.get("tokens") is not None else _tokens_of(metrics),
                 metrics=metrics,
+                events=events,
                 evaluation=own,
                 figures={**_figures(tested or own), **_figures(row)},
                 tested=tested or own,
                 overrides=overrides,
                 config=_text(place / "config.yaml"),
+                starts=tuple(provenance.starts(place)),
                 is_control="control" in row["name"] or any(text.lower().endswith("shuffle_rewards=true") for text in overrides),
                 bad_lines=bad,
             )

@@ -2,7 +2,21 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from r1mega.report.plot import MAX_POINTS, WIDTH, Bar, Series, bar_plot, heat_map, line_plot, nice_ticks, stacked_bars, tick_texts
+from r1mega.report.plot import (
+    MAX_POINTS,
+    WIDTH,
+    Bar,
+    Mark,
+    Series,
+    bar_plot,
+    heat_map,
+    line_plot,
+    nice_ticks,
+    shorten,
+    stacked_bars,
+    text_width,
+    tick_texts,
+)
 
 
 def svg_of(figure):
@@ -23,6 +37,7 @@ def test_tick_texts_tell_neighbours_apart():
     assert tick_texts([0, 5000, 10000, 15000]) == ["0", "5k", "10k", "15k"]
     assert tick_texts([0, 2e6, 4e7]) == ["0", "2M", "40M"]
     assert tick_texts([0, 500, 1000]) == ["0", "500", "1000"]
+    assert tick_texts([0.0, 1e30, 2e30]) == ["0", "1.0e+30", "2.0e+30"]
 
 
 def test_line_goes_from_corner_to_corner():
@@ -34,10 +49,10 @@ def test_line_goes_from_corner_to_corner():
     assert x1 == float(axis.get("x2")) < WIDTH and y1 == 10.0
 
 
-def test_line_plot_has_labels_and_a_legend_for_several_series():
+def test_line_plot_has_labels_and_a_legend():
     one = line_plot([Series("a", [(0, 1), (1, 2)])], "step", "loss (nats)", title="Loss")
     two = line_plot([Series("a", [(0, 1), (1, 2)]), Series("b", [(0, 2), (1, 1)], 1, dashed=True)], "step", "loss (nats)")
-    assert "legend" not in one and "<figcaption>Loss</figcaption>" in one
+    assert one.count("<li ") == 1 and "<figcaption>Loss</figcaption>" in one
     assert two.count("<li ") == 2 and "dashed" in two
     labels = {text.get("class"): text.text for text in svg_of(two).iter("text")}
     assert labels["axis-x"] == "step" and labels["axis-y"] == "loss (nats)"
@@ -62,11 +77,37 @@ def test_a_constant_and_a_single_value_are_drawn():
     assert svg_of(line_plot([Series("a", [(1, 2e-5), (2, 2e-5)])], "x", "y", log_y=True)).find("path") is not None
 
 
-def test_long_lines_are_thinned_to_means():
+def test_long_lines_are_thinned_to_means_and_a_band_keeps_the_spikes():
     points = [(float(x), float(x % 2)) for x in range(4 * MAX_POINTS)]
-    path = next(svg_of(line_plot([Series("a", points)], "x", "y", y_range=(0.0, 1.0))).iter("path")).get("d")
-    heights = {spot.split(",")[1] for spot in path.lstrip("M").split("L")}
-    assert path.count(",") == MAX_POINTS and len(heights) == 1  # every group of four has mean 0.5
+    points[10] = (10.0, 9.0)
+    figure = line_plot([Series("a", points)], "x", "y", y_range=(0.0, 1.0))
+    band, line = (path.get("d") for path in svg_of(figure).iter("path"))
+    heights = {spot.split(",")[1] for spot in line.lstrip("M").split("L")}
+    assert line.count(",") == MAX_POINTS and len(heights) == 2  # every group of four has mean 0.5, but for the one with the spike
+    tops = [float(spot.split(",")[1]) for spot in band.strip("MZ").split("L")]
+    assert min(tops) < 20 and min(map(float, heights)) > 100 and "Means of 4 lines each" in figure
+
+
+def test_marks_are_lines_with_flags_named_once_and_flags_alone_when_there_are_many():
+    series = [Series("a", [(0, 1), (900, 2)])]
+    few = line_plot(series, "x", "y", marks=[Mark(300, "step skipped", 6, "step 300: <why>"), Mark(600, "step skipped", 6)])
+    assert few.count('class="mark"') == 2 and few.count("step skipped</li>") == 1 and "step 300: &lt;why&gt;" in few
+    many = line_plot(series, "x", "y", marks=[Mark(x, "step skipped") for x in range(900)])
+    assert many.count('class="mark"') == 0 and 100 < many.count('class="flag"') < WIDTH
+    beyond = svg_of(line_plot(series, "x", "y", marks=[Mark(2000, "rolled back")]))
+    assert "2000" in {text.text for text in beyond.iter("text")}
+
+
+def test_steps_have_whole_ticks():
+    assert nice_ticks(1, 3, 5, whole=True) == [1, 2, 3]
+    one = svg_of(line_plot([Series("a", [(7, 1.0)])], "x", "y"))
+    assert [text.text for text in one.iter("text") if text.get("class") == "tick"][-1] == "7"
+
+
+def test_a_long_text_is_cut_in_its_middle():
+    assert shorten("short", 100) == "short"
+    cut = shorten("eval_of_" + "x" * 80 + "_grpo_1", 150)
+    assert cut.startswith("eval_of_") and cut.endswith("_grpo_1") and "…" in cut and text_width(cut) <= 150
 
 
 def test_bar_length_and_error_bar_are_in_proportion():
@@ -82,7 +123,7 @@ def test_labels_are_escaped_and_shortened():
     svg = svg_of(figure)
     assert "<b>" not in figure and "<i>" not in figure
     short = next(text for text in svg.iter("text") if text.find("title") is not None)
-    assert short.find("title").text == "<b>" + "x" * 40 and short.find("title").tail.endswith("…")
+    assert short.find("title").text == "<b>" + "x" * 40 and "…" in short.find("title").tail
 
 
 def test_stacked_parts_lie_end_to_end():

@@ -9,16 +9,37 @@ from r1mega.report.readers import StageRun, read_metrics, read_run
 def test_a_half_last_line_is_left_out_and_a_broken_one_inside_is_counted(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n\n{"step": 3, "loss": 1.0}\n{"step": 4, "los', encoding="utf-8")
-    lines, bad = read_metrics(path)
-    assert [line["step"] for line in lines] == [1, 3] and bad == 1
+    lines, events, bad = read_metrics(path)
+    assert [line["step"] for line in lines] == [1, 3] and bad == 1 and events == ()
 
 
 def test_of_a_step_written_twice_the_last_counts(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [(1, 3.0), (2, 2.0), (3, 9.0), (2, 2.5), (3, 1.5)]
     path.write_text("".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in rows), encoding="utf-8")
-    lines, bad = read_metrics(path)
+    lines, _, bad = read_metrics(path)
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 3.0), (2, 2.5), (3, 1.5)] and bad == 0
+
+
+def test_events_are_no_lines_and_lie_where_the_lines_lie(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [
+        {"step": 3, "loss": 1.0},
+        {"event": "step skipped", "step": 3, "reason": "spike"},
+        {"event": "rollback"},
+        {"event": "x", "step": "?"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines, events, bad = read_metrics(path)
+    assert lines == (rows[0],) and events == ((3.0, rows[1]), (0.0, rows[2]), (0.0, rows[3])) and bad == 0
+    rows = [{"rollout": 1, "update": 4}, {"rollout": 3, "update": 12}, *({"event": "e", "rollout": number} for number in (3, 2))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert [place for place, _ in read_metrics(path)[1]] == [12.0, 8.0]
+
+
+def test_values_that_are_not_finite_are_counted(tmp_path):
+    metrics = ({"step": 1, "x": float("nan"), "y": 1.0}, {"step": 2, "x": float("inf"), "y": float("-inf")}, {"step": 3, "x": 2})
+    assert StageRun("a", "sft", tmp_path, metrics=metrics).not_finite() == {"x": 2, "y": 1}
 
 
 def test_points_skip_what_is_no_finite_number(tmp_path):
@@ -54,6 +75,13 @@ def test_a_recipe_that_still_runs(recipe_folder):
     (home / "metrics.jsonl").write_text('{"update": 1, "reward": 0.5}\n{"upd', encoding="utf-8")
     last = read_run(recipe_folder).stages[-1]
     assert (last.name, last.command, last.seconds, len(last.metrics)) == ("grpo_3", "rl", None, 1)
+
+
+def test_a_report_is_no_stage_of_the_page(recipe_folder):
+    (recipe_folder / "stages" / "page").mkdir()
+    stages = "{recipe: {stages: {page: {command: report}}}}"
+    (recipe_folder / "config.yaml").write_text(f"command: recipe\nconfig: {stages}\n", encoding="utf-8")
+    assert "page" not in [stage.name for stage in read_run(recipe_folder).stages]
 
 
 def test_single_runs(tmp_path):
