@@ -10,11 +10,14 @@
 #                make quickstart TORCH="torch==2.13.0 --index-url ADDRESS"
 #            Any torch from 2.11 on works (a wheel file's path too). It is installed first and what follows leaves it alone.
 
-# PROCESSES is how many processes the quickstart starts, one CPU thread each: 1, 2, 4 or 8.
+# PROCESSES is how many processes the quickstart starts: on a CPU 1, 2, 4 or 8, one thread each. `make quickstart device=cuda` runs it
+# on one GPU in bf16, into runs/quickstart_cuda. `seed=2` takes another seed, into runs/quickstart_seed2.
 
 TORCH ?= torch==2.13.0
 PROCESSES ?= 2
 PYTHON ?= $(shell for python in python3.11 python3.12; do if $$python -c "" 2>/dev/null; then echo $$python; break; fi; done)
+NAME := quickstart$(if $(device),_$(device))$(if $(seed),_seed$(seed))
+CHOICES := $(if $(device),device=$(device)) $(if $(filter cuda,$(device)),precision=bf16) $(if $(seed),seed=$(seed))
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -32,7 +35,7 @@ $(VENV)/.complete: pyproject.toml setup.py
 	@touch $@
 
 quickstart: .venv
-	$(BIN)/r1mega recipe recipe=quickstart launch.processes=$(PROCESSES)
+	$(BIN)/r1mega recipe recipe=quickstart name=$(NAME) launch.processes=$(if $(device),1,$(PROCESSES)) $(CHOICES)
 
 test: .venv
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"

@@ -15,12 +15,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from r1mega import provenance
 from r1mega.config import rules
 from r1mega.config.errors import UserError
 from r1mega.config.paths import check_paths
 from r1mega.config.rl import ProblemDataConfig
 from r1mega.config.run import ComputeConfig
 from r1mega.config.schema import schema
+from r1mega.files import View, quoted
 from r1mega.train import manifest
 
 RESULT_VARIABLE = "R1MEGA_RESULT"
@@ -53,7 +55,14 @@ COMMANDS: dict[str, Command] = {
     "export": Command("r1mega.train.export:export", "a checkpoint as a Hugging Face model"),
     "recipe": Command("r1mega.recipe.run:recipe", "stages as a graph, from text to a reasoning model"),
     "report": Command("r1mega.report.page:report", "one HTML page of a run", all_ranks=False, saves=False),
+    "compare": Command(
+        "r1mega.report.compare:compare", "what differs between runs, and their curves", all_ranks=False, saves=False
+    ),
     "chat": Command("r1mega.eval.chat:chat", "talk to a checkpoint", saves=False),
+    "doctor": Command("r1mega.doctor.report:doctor", "what is here and usable, what is missing", all_ranks=False, saves=False),
+    "completion": Command(
+        "r1mega.config.completion:completion", "a script that completes the command line", all_ranks=False, saves=False
+    ),
 }
 """The table of commands; their configs are in :data:`r1mega.config.schema.SCHEMAS`."""
 
@@ -65,8 +74,38 @@ def run(command: str, overrides: Iterable[str] | Any = ()) -> Any:
     ranks started by somebody else, this process starts the ranks and returns rank 0's result. Raises UserError for anything wrong
     with config or input files, before torch is imported; :class:`r1mega.launch.local.LaunchError` where a rank fails.
     """
+    view, arguments, choices = _viewed(command, overrides, begin=True)
+    entry, config = COMMANDS[command], view.config
+    if isinstance(config, ComputeConfig) and config.launch.processes > 1 and "RANK" not in os.environ:
+        return _run_ranks(command, arguments, config.launch.processes, view.env)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    if not is_first and not entry.all_ranks:
+        return None
+    if is_first and entry.saves:
+        from r1mega.config.compose import save_config
+
+        save_config(view.given, config.out, overrides=arguments or (), choices=choices)
+        provenance.record(view.given, config.out, command, arguments)
+    result_file = os.environ.pop(RESULT_VARIABLE, None)
+    with view:
+        result = view.finish(entry.load()(config))
+    if is_first and result_file:
+        Path(result_file).write_bytes(pickle.dumps(result))
+    return result
+
+
+def checked(command: str, overrides: Iterable[str] | Any = ()) -> tuple[Any, tuple[str, ...] | None, dict[str, str]]:
+    """The config of ``command`` with its rules, input files and checkpoints checked; the overrides (None of a ready config) and the
+    group choices that it came from. ``overrides`` and UserError: as of :func:`run`. Writes nothing but copies of remote inputs.
+    """
+    view, arguments, choices = _viewed(command, overrides, begin=False)
+    return view.given, arguments, choices
+
+
+def _viewed(command: str, overrides: Iterable[str] | Any, *, begin: bool) -> tuple[View, tuple[str, ...] | None, dict[str, str]]:
+    """As :func:`checked`, with the config's view. ``begin``: what a run at a URL goes on from is fetched and checked too."""
     cls = schema(command)
-    from r1mega.config.compose import composition, resolved, save_config
+    from r1mega.config.compose import composition, resolved
 
     if dataclasses.is_dataclass(overrides):
         if type(overrides) is not cls:
@@ -75,25 +114,17 @@ def run(command: str, overrides: Iterable[str] | Any = ()) -> Any:
             )
         config, arguments, choices = resolved(overrides), None, {}
     else:
-        made = composition(command, overrides)
+        made = composition(command, map(quoted, overrides))
         config, arguments, choices = made.config, made.overrides, made.choices
     rules.check(config)
-    check_paths(config)
-    _check_problems(config)
-    _check_checkpoints(command, config)
-    entry = COMMANDS[command]
-    if isinstance(config, ComputeConfig) and config.launch.processes > 1 and "RANK" not in os.environ:
-        return _run_ranks(command, arguments, config.launch.processes)
-    is_first = int(os.environ.get("RANK", "0")) == 0
-    if not is_first and not entry.all_ranks:
-        return None
-    if is_first and entry.saves:
-        save_config(config, config.out, overrides=arguments or (), choices=choices)
-    result_file = os.environ.pop(RESULT_VARIABLE, None)
-    result = entry.load()(config)
-    if is_first and result_file:
-        Path(result_file).write_bytes(pickle.dumps(result))
-    return result
+    view = View(config, saves=COMMANDS[command].saves)
+    with view:
+        check_paths(view.config)
+        _check_problems(view.config)
+        if begin:
+            view.begin()
+        _check_checkpoints(command, view.config)
+    return view, arguments, choices
 
 
 def _check_problems(config: Any) -> None:
@@ -110,14 +141,14 @@ def _check_checkpoints(command: str, config: Any) -> None:
     if given is not None:
         manifest.read_model(given)
     if command in ("pretrain", "sft", "rl"):
-        held = manifest.latest(Path(config.out) / "checkpoints")
+        held = manifest.latest_readable(Path(config.out) / "checkpoints")
         if held is not None:
             manifest.check_same_command(command, held)
             if command == "pretrain":
                 manifest.check_same_model(config.model, held)
 
 
-def _run_ranks(command: str, arguments: Iterable[str] | None, processes: int) -> Any:
+def _run_ranks(command: str, arguments: Iterable[str] | None, processes: int, env: dict[str, str]) -> Any:
     """Start ``python -m r1mega`` with the same arguments once a rank."""
     if arguments is None:
         raise UserError(
@@ -130,7 +161,8 @@ def _run_ranks(command: str, arguments: Iterable[str] | None, processes: int) ->
     search = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH", "")]))
     with tempfile.TemporaryDirectory(prefix="r1mega-") as folder:
         result_file = Path(folder) / "result.pickle"
-        start_ranks(["-m", "r1mega", command, *arguments], processes, env={"PYTHONPATH": search, RESULT_VARIABLE: str(result_file)})
+        env = {**env, "PYTHONPATH": search, RESULT_VARIABLE: str(result_file)}
+        start_ranks(["-m", "r1mega", command, *arguments], processes, env=env)
         return pickle.loads(result_file.read_bytes())  # written by our own rank 0 into our own folder
 
 
@@ -178,6 +210,21 @@ def report(*overrides: Any) -> Any:
     return _call("report", overrides)
 
 
+def compare(*overrides: Any) -> Any:
+    """What differs between runs: ``compare("run=runs/a", "run=runs/b")``, or one CompareConfig."""
+    return _call("compare", overrides)
+
+
 def chat(*overrides: Any) -> Any:
     """Talk to a checkpoint; overrides as texts, or one ChatConfig."""
     return _call("chat", overrides)
+
+
+def doctor(*overrides: Any) -> Any:
+    """What is here and usable, printed and as a dict with ``usable`` and ``checks``; overrides as texts, or one DoctorConfig."""
+    return _call("doctor", overrides)
+
+
+def completion(*overrides: Any) -> Any:
+    """The script that completes r1mega's command line: ``completion("shell=zsh")``, or one CompletionConfig."""
+    return _call("completion", overrides)

@@ -1,7 +1,8 @@
 """``r1mega COMMAND [group=choice] [key=value] ...``: arguments in, exit status out. Owns flags, help and how errors look.
 
-Status 0 done, 2 wrong input (one line a fault, no traceback unless ``debug=true``), 130 Ctrl-C, a failed rank's own status. Any
-other error is a defect of ours and keeps its traceback.
+Status 0 done, 1 a job of a sweep failed or doctor found something required that does not work, 2 wrong input (one line a fault, no
+traceback unless ``debug=true``), 75 SIGTERM came and the run is saved, so that the same command goes on (EX_TEMPFAIL), 130 Ctrl-C,
+a failed rank's own status. Any other error is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from r1mega import __version__
-from r1mega.api import COMMANDS, run
-from r1mega.config.errors import UserError
+from r1mega.api import COMMANDS, checked, run
+from r1mega.config.errors import STOPPED, Stopped, UserError
 from r1mega.config.schema import schema
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a dotted choice may lie in the user's folder; last, so that it shadows nothing
+    if "R1MEGA_COMPLETE" in os.environ:
+        return _complete(os.environ["R1MEGA_COMPLETE"], arguments)
     try:
         return _main(arguments)
     except UserError as error:
@@ -39,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(f"files: {error.filename or 'the disk'} can be read and written; got {error.strerror}; mend it", file=sys.stderr)
         return USER_ERROR
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -59,14 +65,21 @@ def _main(arguments: list[str]) -> int:
         if not folder.is_dir():
             raise UserError(f"--config-dir: a folder of YAML files; got {flags['config_dir']!r}; check the path")
         overrides.append(f"hydra.searchpath=['file://{folder}']")
+    if "multirun" in flags:
+        return _sweep(command, overrides, flags)
     if "cfg" in flags:
         return _print_config(command, overrides)
+    if command == "doctor":
+        from r1mega.doctor.report import main as doctor_status
+
+        return doctor_status(overrides)
     from r1mega.launch.local import LaunchError
 
     try:
         run(command, overrides)
     except LaunchError as error:
-        print(error, file=sys.stderr)
+        if error.status != STOPPED:  # a rank that has stopped has said so
+            print(error, file=sys.stderr)
         return error.status
     return 0
 
@@ -83,6 +96,8 @@ def _flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         "-cd": "config_dir",
         "--cfg": "cfg",
         "-c": "cfg",
+        "--multirun": "multirun",
+        "-m": "multirun",
     }
     waiting = iter(arguments)
     for argument in waiting:
@@ -101,6 +116,28 @@ def _flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return flags, rest
 
 
+def _sweep(command: str, overrides: Sequence[str], flags: Mapping[str, str]) -> int:
+    """``-m``: the command once for every combination of values."""
+    if "cfg" in flags:
+        raise UserError("--cfg: the config of one job; got -m too; leave one of them out")
+    if not COMMANDS[command].saves:
+        raise UserError(f"-m: a command whose runs have a folder; got {command}; leave -m out")
+    from r1mega.launch.sweep import sweep
+
+    return sweep(command, overrides, check=checked)
+
+
+def _complete(shell: str, arguments: Sequence[str]) -> int:
+    """Answer a shell's completion script. What goes wrong while somebody types is not said: it is, once the line is run."""
+    try:
+        from r1mega.config.completion import answer
+
+        print(answer(shell, arguments, {name: entry.about for name, entry in COMMANDS.items()}), end="")
+    except Exception:  # noqa: BLE001 - see above
+        return 1
+    return 0
+
+
 def _help(command: str, overrides: Sequence[str]) -> int:
     # Written in one piece: a pager that is closed early then breaks no loop of prints.
     from r1mega.config.help import command_help, overview
@@ -108,7 +145,7 @@ def _help(command: str, overrides: Sequence[str]) -> int:
     if not command:
         text = overview({name: entry.about for name, entry in COMMANDS.items()})
     else:
-        from r1mega.config.compose import config_dir
+        from r1mega.config.groups import config_dir
 
         text = command_help(command, COMMANDS[command].about, config_dir(), overrides)
     print(text)

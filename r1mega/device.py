@@ -1,4 +1,7 @@
-"""The only file that says cuda, nccl or gloo: device, backend, generators, waiting, measuring. Its state is the choice."""
+"""The only file that says cuda, nccl or gloo: device, backend, generators, determinism, memory, waiting, measuring.
+
+Its state is the choice.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import os
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +44,46 @@ class Device:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return torch.cuda.max_memory_allocated()
 
+    def allocated_bytes(self) -> int:
+        """Memory in use now: the process's resident set on a CPU, what the allocator has given out on a GPU."""
+        if self.is_cpu:
+            import psutil
+
+            return psutil.Process().memory_info().rss
+        return torch.cuda.memory_allocated()
+
+    @property
+    def unseen_memory(self) -> str:
+        """What :meth:`allocated_bytes` counts and no tensor in Python's sight holds."""
+        kept = "kept for the backward pass, and temporaries"
+        return f"programs, caches, {kept}" if self.is_cpu else kept
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """True for what torch and Python raise when memory runs out; a CPU's allocator raises a plain RuntimeError."""
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "not enough memory" in str(error))
+
+    def record_allocations(self) -> None:
+        """Keep the Python stack of each allocation from now on, for :meth:`write_memory_snapshot`; a GPU's allocator only."""
+        if not self.is_cpu:
+            torch.cuda.memory._record_memory_history(max_entries=100_000)
+
+    def write_memory_snapshot(self, path: Path) -> None:
+        """The GPU allocator's state for PyTorch's memory viewer, with stacks where they were recorded; nothing on a CPU."""
+        if not self.is_cpu:
+            torch.cuda.memory._dump_snapshot(str(path))
+
+    def profiled_activities(self) -> list[Any]:
+        """What a trace records."""
+        kinds = torch.profiler.ProfilerActivity
+        return [kinds.CPU] if self.is_cpu else [kinds.CPU, kinds.CUDA]
+
+    @property
+    def profile_order(self) -> str:
+        """The column of a trace's table that matters here."""
+        return "self_cpu_time_total" if self.is_cpu else "self_cuda_time_total"
+
     def rng_state(self) -> dict[str, torch.Tensor]:
         """States of torch's generators, to be saved with a checkpoint."""
         states = {"cpu": torch.get_rng_state()}
@@ -69,6 +114,7 @@ def allocation_device() -> torch.device:
 def open_device(config: DeviceConfig) -> Device:
     """Choose the device and set threads and number modes. Raises UserError where a GPU is asked for and there is none."""
     global _chosen
+    _set_determinism(config.deterministic)
     if config.kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError("device.kind: torch sees no GPU; got cuda; use device=cpu or install a CUDA build of torch")
@@ -82,6 +128,15 @@ def open_device(config: DeviceConfig) -> Device:
     torch.set_num_threads(threads)
     _chosen = Device("cpu", torch.device("cpu"), "gloo")
     return _chosen
+
+
+def _set_determinism(wanted: bool) -> None:
+    """Operations that give the same bits each time, or an error from one that has no such form."""
+    if wanted:  # read when the first matrix product's library is opened
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads what it has not written
+    torch.backends.cudnn.benchmark = not wanted and torch.backends.cudnn.benchmark
 
 
 def peak_tflops(device: Device, dtype: torch.dtype) -> float:

@@ -82,7 +82,7 @@ def test_help_shows_groups_choices_and_the_defaults_in_force(capsys) -> None:
         (["report", "run=x", "targett=y"], "targett: no such key of report; got 'targett=y'; did you mean target?"),
         (["report"], "run: a value is needed (folder of the run, unit path); got none; give run=VALUE"),
         (["report", "run=no/such"], "run: a run's folder; got no such path no/such; check the path or make it first"),
-        (["report", "run=x", "--multirun"], "arguments: group=choice or key=value; got '--multirun'"),
+        (["report", "run=x", "--verbose"], "arguments: group=choice or key=value; got '--verbose'"),
         (["report", "--config-dir"], "--config-dir: a flag with a value; got none"),
         (["report", "--config-dir", "no/such"], "--config-dir: a folder of YAML files; got 'no/such'"),
         (["report", "--cfg", "hydra"], "--cfg: job, the config of the command; got 'hydra'"),

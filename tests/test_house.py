@@ -20,14 +20,14 @@ PACKAGE = ROOT / "r1mega"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = (
-    ("__init__", "config", "registry"),
-    ("device",),
+    ("__init__", "config", "registry", "files"),
+    ("device", "provenance"),
     ("compat", "ops"),
     ("mesh",),
     ("model", "data"),
     ("train",),
     ("rl",),
-    ("eval", "plan", "recipe", "launch", "report"),
+    ("eval", "plan", "recipe", "launch", "report", "doctor"),
     ("api", "cli", "__main__", "testing"),
 )
 """Rooms from the ground up: a room imports from its own floor and below."""
@@ -37,7 +37,8 @@ APART = (("model", "data"),)
 """Rooms of one floor that do not see each other."""
 
 MEGATRON_ROOMS = {"compat", "mesh", "model", "train"}
-DEVICE_ROOMS = {"device", "compat", "config"}
+# provenance: names of environment variables; doctor: asks of them in processes that have nothing of r1mega
+DEVICE_ROOMS = {"device", "compat", "config", "provenance", "doctor"}
 DEVICE_WORDS = re.compile(r"(?<![A-Za-z0-9])(cuda|nccl|gloo)(?![A-Za-z0-9])", re.IGNORECASE)
 LONGEST_FILE = 450
 LIGHT = (
@@ -46,6 +47,9 @@ LIGHT = (
     "r1mega.config.compose",
     "r1mega.config.help",
     "r1mega.launch.local",
+    "r1mega.launch.sweep",
+    "r1mega.config.completion",
+    "r1mega.doctor.report",
     *sorted(registry.KINDS.values()),
 )
 
@@ -180,7 +184,8 @@ def test_every_knob_has_a_doc_string_and_a_unit() -> None:
 def test_the_command_line_and_all_choices_import_nothing_heavy() -> None:
     code = (
         f"import importlib, sys; [importlib.import_module(name) for name in {LIGHT!r}]; "
-        "print(*sorted({'torch', 'megatron', 'transformers', 'tokenizers', 'reasoning_gym', 'matplotlib'} & set(sys.modules)))"
+        "print(*sorted({'torch', 'megatron', 'transformers', 'tokenizers', 'reasoning_gym', 'matplotlib', "
+        "'fsspec', 'huggingface_hub', 'pyarrow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == ""

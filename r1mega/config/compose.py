@@ -24,6 +24,7 @@ from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
 from r1mega import registry
 from r1mega.config import rules
 from r1mega.config.errors import UserError, nearest
+from r1mega.config.groups import config_dir
 from r1mega.config.model import ModelConfig
 from r1mega.config.overrides import Request, read, type_problem
 from r1mega.config.rl import RewardConfig
@@ -51,13 +52,6 @@ class Composition:
     config: Any
     overrides: tuple[str, ...]
     choices: dict[str, str]
-
-
-def config_dir() -> Path:
-    """The folder of the YAML files: ``r1mega/configs`` in an installed package, ``configs`` beside the package in a checkout."""
-    package = Path(registry.__file__).parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def compose(command: str, overrides: Iterable[str] = ()) -> Any:

@@ -11,18 +11,20 @@ from r1mega.config.run import ComputeConfig, RunConfig
 
 @dataclass
 class ProblemSourceConfig:
-    """Where problems come from: a reasoning-gym data set, or a JSONL file."""
+    """Where problems come from: a reasoning-gym data set, or a file."""
 
-    kind: str = knob("reasoning_gym", "reasoning_gym or jsonl", "name", **one_of("reasoning_gym", "jsonl"))
+    kind: str = knob("reasoning_gym", "reasoning_gym or file (jsonl: the same)", "name", **one_of("reasoning_gym", "file", "jsonl"))
     dataset: str = knob("chain_sum", "reasoning-gym data set (kind reasoning_gym)", "name")
-    path: str | None = knob(None, "JSONL file (kind jsonl)", "path")
+    path: str | None = knob(
+        None, "JSONL or Parquet, compressed or not, a folder of them, a URL or hf:OWNER/NAME (kind file)", "path"
+    )
     options: dict[str, Any] = knob({}, "the data set's own options", "option: value")
-    question_column: str | None = knob(None, "column of the question; null: the first known name", "name")
-    answer_column: str | None = knob(None, "column of the answer; null: the first known name", "name")
-    num_train: int = knob(1000, "training problems; -1: all that a JSONL has left", "problems", **at_least(-1))
-    num_valid: int = knob(0, "validation problems; -1: all that a JSONL has left", "problems", **at_least(-1))
+    question_column: str | None = knob(None, "column of the question (a.b: inside a); null: the first known name", "name")
+    answer_column: str | None = knob(None, "column of the answer (a.b: inside a); null: the first known name", "name")
+    num_train: int = knob(1000, "training problems; -1: all that a file has left", "problems", **at_least(-1))
+    num_valid: int = knob(0, "validation problems; -1: all that a file has left", "problems", **at_least(-1))
     num_test: int = knob(
-        0, "held-out problems, disjoint from all others by normalised text; -1: all of a JSONL", "problems", **at_least(-1)
+        0, "held-out problems, disjoint from all others by normalised text; -1: all of a file", "problems", **at_least(-1)
     )
 
 
@@ -30,7 +32,7 @@ class ProblemSourceConfig:
 class TokenizerConfig:
     """A byte-level BPE trained on the run's own text, or one that exists."""
 
-    path: str | None = knob(None, "existing tokenizer folder; null: train one", "path")
+    path: str | None = knob(None, "existing tokenizer folder, or hf:OWNER/NAME; null: train one", "path")
     vocab_size: int = knob(1024, "entries to train, special tokens included", "tokens", **at_least(300))
     split_digits: bool = knob(True, "each digit is a token of its own", "bool")
 
@@ -44,8 +46,10 @@ class PrepareConfig(RunConfig):
     validation problems also ``worked_valid.*`` and ``sft_valid.*``.
     """
 
-    text: list[str] = knob([], "text files, folders, JSONL with a text column, or stdlib (Python's library)", "path")
-    text_column: str = knob("text", "column of JSONL text", "name")
+    text: list[str] = knob(
+        [], "text files, JSONL or Parquet with a text column, folders, URLs, hf:OWNER/NAME, or stdlib (Python's library)", "path"
+    )
+    text_column: str = knob("text", "column of the text in JSONL and Parquet", "name")
     text_bytes: int = knob(0, "text taken at most; 0: all", "bytes", **at_least(0))
     valid_share: float = knob(0.01, "share of documents held out for the validation loss", "1", **between(0, 0.5))
     tokenizer: TokenizerConfig = knob(TokenizerConfig, "the tokenizer", "section")
@@ -60,7 +64,9 @@ class PrepareConfig(RunConfig):
         0, "training problems (the last ones) written as conversations; -1: all; with sft_from 0 is all", "problems", **at_least(-1)
     )
     sft_careful_share: float = knob(0.5, "share of conversations in the careful style", "1", **between(0, 1))
-    sft_from: str | None = knob(None, "JSONL of problems with responses (rejection sampling) instead of worked solutions", "path")
+    sft_from: str | None = knob(
+        None, "problems with responses (rejection sampling) instead of worked solutions: JSONL or Parquet", "path"
+    )
 
 
 @dataclass
@@ -69,6 +75,17 @@ class ReportConfig(RunConfig):
 
     run: str = knob(REQUIRED, "folder of the run", "path")
     target: str = knob("${run}/report.html", "the page", "path")
+
+
+@dataclass
+class CompareConfig(RunConfig):
+    """``r1mega compare``: what differs between runs in config, data, code and environment, their results, their curves on one page.
+
+    Two or more runs: ``run=A run=B``, or ``run=[A,B]``.
+    """
+
+    run: list[str] = knob(REQUIRED, "folders of two or more runs: run=A run=B, or run=[A,B]", "path")
+    target: str = knob("${out}/compare.html", "the page", "path")
 
 
 @dataclass
@@ -87,7 +104,7 @@ class StageConfig:
 class RecipeConfig(ComputeConfig):
     """``r1mega recipe``: stages as a graph, results kept by the hash of their inputs.
 
-    device, launch, parallel and precision hold for every stage that runs a model and does not choose them itself.
+    device, launch, parallel, precision and log hold for every stage that runs a model and does not choose them itself.
     """
 
     recipe: Any = knob(None, "description, and stages by name (StageConfig)", "section")

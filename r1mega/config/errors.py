@@ -12,6 +12,14 @@ class UserError(ValueError):
     """Wrong input. The message is one line: where, the rule, what was given, the way out; a config's faults come a line each."""
 
 
+STOPPED = 75
+"""Exit status after :class:`Stopped`: EX_TEMPFAIL of sysexits.h."""
+
+
+class Stopped(Exception):
+    """The run was asked to end (SIGTERM) and has saved first; the same command goes on."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Violation:
     """One broken rule. ``fixes``: keys with the values that mend it, each value alone; ``hint``: the way out where no value is."""

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from r1mega import registry
+from r1mega.config.groups import default_groups, options
 from r1mega.config.knob import REQUIRED
-from r1mega.config.overrides import default_groups, options
 from r1mega.config.schema import Key, keys, kinds, schema
 
 _GRAMMAR = "r1mega COMMAND [group=choice] [key=value] ..."
@@ -19,10 +19,11 @@ _GRAMMAR = "r1mega COMMAND [group=choice] [key=value] ..."
 
 def overview(about: Mapping[str, str]) -> str:
     """All commands. ``about``: command to one line."""
-    lines = [f"usage: {_GRAMMAR}", "", *(f"  {name:<10}{text}" for name, text in about.items()), ""]
+    lines = [f"usage: {_GRAMMAR}", "", *(f"  {name:<11}{text}" for name, text in about.items()), ""]
     lines += ["r1mega COMMAND --help lists the command's groups and keys with default, unit and meaning.", ""]
     lines += [
-        "flags, Hydra's own: --help, --version, --config-dir DIR (more choices as YAML), --cfg job (print the config, run nothing)"
+        "flags of Hydra: --help, --version, --config-dir DIR (more choices as YAML), --cfg job (print the config, run nothing),",
+        "-m (a sweep: key=a,b runs the command with each value, each in a process of its own)",
     ]
     return "\n".join(lines)
 
@@ -41,9 +42,9 @@ def command_help(command: str, about: str, config_dir: Path, arguments: Iterable
             state = "to be chosen" if name == "???" else f"now {name}"
             lines.append(f"  {group}={' | '.join(names) or 'NAME'} ({state})")
     chosen = {kind: registry.lookup(kind, groups[kind]) for kind in kinds(cls)}
-    given = _yaml_defaults(command, groups, config_dir)
+    given = yaml_defaults(command, groups, config_dir)
     lines += ["", "keys"]
-    rows = [(f"  {key.path}={_text(given.get(key.path, key.default))}", key) for key in _leaves(cls, chosen)]
+    rows = [(f"  {key.path}={value_text(given.get(key.path, key.default))}", key) for key in leaves(cls, chosen)]
     wide = min(max(len(left) for left, _ in rows), 52)
     for left, key in rows:
         rule = f" ({key.says})" if key.says else ""
@@ -51,16 +52,16 @@ def command_help(command: str, about: str, config_dir: Path, arguments: Iterable
     return "\n".join(lines)
 
 
-def _leaves(cls: type, chosen: Mapping[str, type], prefix: str = "") -> Iterator[Key]:
+def leaves(cls: type, chosen: Mapping[str, type], prefix: str = "") -> Iterator[Key]:
     """Every key that takes a value; the keys of a named entry with NAME in the place of its name."""
     for key in keys(cls, prefix, chosen):
         if key.entry is not None:
-            yield from _leaves(key.entry, {}, f"{key.path}.NAME.")
+            yield from leaves(key.entry, {}, f"{key.path}.NAME.")
         elif key.cls is None:
             yield key
 
 
-def _yaml_defaults(command: str, groups: Mapping[str, str], config_dir: Path) -> dict[str, Any]:
+def yaml_defaults(command: str, groups: Mapping[str, str], config_dir: Path) -> dict[str, Any]:
     """Dotted key to value as the groups' files and the command's file set them, in that order."""
     found: dict[str, Any] = {}
     for group, name in groups.items():
@@ -80,14 +81,14 @@ def _flat(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return found
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A default as it would be written on the command line."""
     if value is None or value == REQUIRED:
         return "null" if value is None else "(required)"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{_text(item)}" for name, item in value.items()) + "}"
+        return "{" + ",".join(f"{name}:{value_text(item)}" for name, item in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(map(_text, value)) + "]"
+        return "[" + ",".join(map(value_text, value)) + "]"
     return str(value)

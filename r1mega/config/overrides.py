@@ -7,21 +7,28 @@ torch; a dotted choice is imported here, so that Hydra can compose it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
 from r1mega import registry
 from r1mega.config.errors import UserError, nearest
+from r1mega.config.groups import default_groups, options
 from r1mega.config.schema import WORDS, Key, find, kinds, nearest_key, plain_type, schema
 
 SEARCH_PATH = "hydra.searchpath"
+REPEATED = {"compare": "run"}
+"""Command to the key that may be given several times; its values become one list."""
+
+MOST_JOBS = 1000
+"""Jobs that one sweep may have: all of them are composed and checked before the first one starts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Request:
 def read(command: str, arguments: Iterable[str], config_dir: Path) -> Request:
     """Check all arguments of ``command``. Raises UserError with one line a bad argument."""
     cls = schema(command)
-    arguments = tuple(arguments)
+    arguments = _gathered(command, tuple(arguments))
     parsed, problems = [], []
     for argument in arguments:
         try:
@@ -80,18 +87,66 @@ def read(command: str, arguments: Iterable[str], config_dir: Path) -> Request:
     return Request(command, cls, arguments, groups, chosen, tuple(entries))
 
 
-def default_groups(command: str, config_dir: Path) -> dict[str, str]:
-    """Group to option as the defaults list of ``configs/COMMAND.yaml`` has it ("???" where the user must choose)."""
-    body = yaml.safe_load((config_dir / f"{command}.yaml").read_text(encoding="utf-8"))
-    return {group: str(option) for item in body["defaults"] if isinstance(item, dict) for group, option in item.items()}
+def _gathered(command: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``run=A run=B`` as ``run=[A,B]`` for the key that :data:`REPEATED` names: Hydra alone would keep the last one."""
+    if command not in REPEATED:
+        return arguments
+    start = f"{REPEATED[command]}="
+    given = [text.removeprefix(start) for text in arguments if isinstance(text, str) and text.startswith(start)]
+    if not any(given):
+        return arguments
+    items = ",".join(value[1:-1] if value.startswith("[") and value.endswith("]") else value for value in given if value)
+    return (*(text for text in arguments if not isinstance(text, str) or not text.startswith(start)), f"{start}[{items}]")
 
 
-def options(cls: type, group: str, folders: Sequence[Path]) -> list[str]:
-    """Names that ``group=NAME`` takes: registered choices, or the YAML files of the group in ``folders``."""
-    names = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
-    if group in kinds(cls):
-        names |= set(registry.choices(group))
-    return sorted(names)
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One command line of a sweep. ``swept``: those of ``arguments`` that differ between the jobs."""
+
+    arguments: tuple[str, ...]
+    swept: tuple[str, ...]
+
+
+def expand(command: str, arguments: Iterable[str], config_dir: Path) -> list[Job]:
+    """The jobs of a sweep (``-m``) in Hydra's grammar: ``a,b``, ``choice(a,b)``, ``range(1,5)``, ``glob(*)`` of a group's options.
+
+    Every combination once, the last swept key fastest. Raises UserError with one line a bad argument, and above MOST_JOBS jobs.
+    """
+    cls = schema(command)
+    parsed, values, problems = [], [], []
+    for argument in arguments:
+        try:
+            parsed.append(_parse(argument, may_sweep=True))
+        except UserError as error:
+            problems.append(str(error))
+    folders = [config_dir, *search_folders(parsed)]
+    for override in parsed:
+        try:
+            values.append(_values(cls, override, folders) if override.is_sweep_override() else [override.input_line])
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    count = math.prod(map(len, values))
+    if count > MOST_JOBS:
+        raise UserError(f"-m: at most {MOST_JOBS} jobs a sweep; got {count} or more; take fewer values or several sweeps")
+    is_swept = [override.is_sweep_override() for override in parsed]
+    return [Job(line, tuple(itertools.compress(line, is_swept))) for line in itertools.product(*values)]
+
+
+def _values(cls: type, override: Override, folders: Sequence[Path]) -> list[str]:
+    """``key=value`` for every value of a sweeping override; one more than MOST_JOBS where there are more."""
+    key, value = override.key_or_group, override.value()
+    given = override.input_line.partition("=")[2]
+    if not override.is_discrete_sweep():
+        raise UserError(f"{key}: values that can be counted; got {given}; write {key}=a,b or {key}=range(START,STOP,STEP)")
+    if isinstance(value, Glob):
+        texts = value.filter(options(cls, key, folders))
+    else:
+        texts = list(itertools.islice(override.sweep_string_iterator(), MOST_JOBS + 1))
+    if not texts:
+        raise UserError(f"{key}: at least one value of a sweep; got {given}, which has none; write {key}=a,b")
+    return [f"{override.get_key_element()}={text}" for text in texts]
 
 
 def search_folders(parsed: Iterable[Override]) -> list[Path]:
@@ -103,11 +158,11 @@ def search_folders(parsed: Iterable[Override]) -> list[Path]:
     return found
 
 
-def _parse(argument: Any) -> Override:
-    """One argument through Hydra's grammar; refuses what is no single assignment."""
+def _parse(argument: Any, *, may_sweep: bool = False) -> Override:
+    """One argument through Hydra's grammar; refuses what is no single assignment, unless it ``may_sweep``."""
     if not isinstance(argument, str) or argument.startswith("-"):
         raise UserError(
-            f"arguments: group=choice or key=value; got {argument!r}; the only flags are --help, --config-dir DIR, --cfg job"
+            f"arguments: group=choice or key=value; got {argument!r}; the only flags are --help, --config-dir DIR, --cfg job, -m"
         )
     if "=" not in argument and not argument.startswith("~"):
         raise UserError(f"arguments: group=choice or key=value, nothing positional; got {argument!r}; write key={argument}")
@@ -117,8 +172,8 @@ def _parse(argument: Any) -> Override:
     except HydraException as error:
         got = f"{argument!r} ({str(error).splitlines()[0]})"
         raise UserError(f"{key}: a value in Hydra's grammar; got {got}; quote it: {key}='\"...\"'") from error
-    if override.is_sweep_override():
-        way = f"for a list write {key}=[a,b], for text with a comma quote it, for several runs start several commands"
+    if override.is_sweep_override() and not may_sweep:
+        way = f"for a list write {key}=[a,b], for text with a comma quote it, for a run with each value add -m"
         raise UserError(f"{key}: one value; got {argument.partition('=')[2]!r}; {way}")
     if override.package is not None or (override.key_or_group.startswith("hydra") and override.key_or_group != SEARCH_PATH):
         raise UserError(f"{key}: a key of the command; got one of Hydra's own; leave it out (runs write to out=FOLDER)")

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from r1mega.config.data import PrepareConfig, ReportConfig
+from r1mega.config.data import CompareConfig, PrepareConfig, ReportConfig
 from r1mega.config.errors import UserError, Violation
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RlConfig
 from r1mega.config.train import PretrainConfig, SftConfig
+from r1mega.files.records import rows_below
 
 ITEM_BYTES = {"uint16": 2, "uint32": 4}
 
@@ -48,6 +49,18 @@ def violations(config: Any) -> Iterator[Violation]:
         yield from _prepare(config)
     if isinstance(config, ReportConfig):
         yield from _folder("run", config.run, "a run's folder")
+    if isinstance(config, CompareConfig):
+        yield from _compared(config.run)
+
+
+def _compared(runs: list[str]) -> Iterator[Violation]:
+    places = [Path(run).resolve() for run in runs]
+    if len(runs) < 2:
+        yield Violation("run", "two runs or more", ", ".join(runs) or "none", hint="give run=A run=B")
+    elif twice := [run for index, run in enumerate(runs) if places[index] in places[:index]]:
+        yield Violation("run", "different runs", f"{twice[0]} twice", hint="give another folder")
+    for run in dict.fromkeys(runs):
+        yield from _folder("run", run, "a run's folder")
 
 
 def _prepare(config: PrepareConfig) -> Iterator[Violation]:
@@ -57,9 +70,12 @@ def _prepare(config: PrepareConfig) -> Iterator[Violation]:
     yield from _tokenizer("tokenizer.path", config.tokenizer.path, None)
     for name, source in config.problems.items():
         where = f"problems.{name}.path"
-        if source.kind == "jsonl" and source.path is None:
-            yield Violation(where, "a JSONL source has a file", "null", hint=f"give {where}=FILE")
-        elif source.kind == "jsonl":
+        if source.kind == "reasoning_gym" and source.path is not None:
+            key = f"problems.{name}.kind"
+            yield Violation(key, f"file, since {where} is {source.path}", source.kind, ((key, ("file",)),), f"or {where}=null")
+        elif source.kind != "reasoning_gym" and source.path is None:
+            yield Violation(where, "a source of kind file has a file", "null", hint=f"give {where}=FILE")
+        elif source.kind != "reasoning_gym":
             yield from _file(where, source.path)
     if config.sft_from is not None:
         yield from _file("sft_from", config.sft_from)
@@ -86,15 +102,14 @@ def _folder(where: str, name: str, rule: str) -> Iterator[Violation]:
 
 
 def _file(where: str, name: str) -> Iterator[Violation]:
-    path = Path(name)
-    if not path.is_file():
-        yield (
-            Violation(where, "a JSONL file", f"a folder {name}", hint="give the file in it")
-            if path.is_dir()
-            else _absent(where, "a JSONL file", name)
-        )
+    path, rule = Path(name), "a JSONL or Parquet file"
+    if path.is_dir():
+        if not rows_below(path):
+            yield Violation(where, f"{rule}, or a folder with some", f"a folder {name} without one", hint="give the file")
+    elif not path.is_file():
+        yield _absent(where, rule, name)
     elif path.stat().st_size == 0:
-        yield Violation(where, "a JSONL file with a problem a line", f"an empty file {name}", hint="write it again")
+        yield Violation(where, f"{rule} with at least one record", f"an empty file {name}", hint="write it again")
 
 
 def _token_file(where: str, name: str, vocab_size: int | None) -> Iterator[Violation]:

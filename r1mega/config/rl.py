@@ -12,14 +12,26 @@ from r1mega.config.train import OptimConfig
 
 @dataclass
 class RewardConfig:
-    """Which rewards, with which weights, under which limits (each call runs in a process that is killed at its limit)."""
+    """Which rewards, with which weights, under which limits.
+
+    Each call runs in a process that is killed at its limit, with all that it started; it then counts 0 and the run goes on.
+    """
 
     weights: dict[str, float] = knob(
-        {"accuracy": 1.0, "format": 1.0}, "registered reward to weight; their sum is the reward", "name: 1"
+        {"accuracy": 1.0, "format": 1.0},
+        "reward (registered, or a class's dotted path) to weight; the sum of weight x value is the reward; "
+        "~reward.weights.NAME drops one of the preset's",
+        "name: 1",
+    )
+    by_source: dict[str, Any] = knob(
+        {},
+        "weights for the problems of some sources, by shell-style pattern (reasoning_gym*, gsm8k): the first pattern that matches "
+        "decides alone, weights are for the sources that none matches",
+        "pattern: {name: 1}",
     )
     options: dict[str, Any] = knob({}, "knobs of rewards where they are not the defaults", "name: {knob: value}")
-    timeout_seconds: float = knob(5.0, "longest time of one call", "seconds", **at_least(0.01))
-    memory_bytes: int = knob(2 << 30, "address space of a reward process", "bytes", **at_least(64 << 20))
+    timeout_seconds: float = knob(5.0, "longest time of one call, with all processes that it starts", "seconds", **at_least(0.01))
+    memory_bytes: int = knob(2 << 30, "address space of each process of a reward", "bytes", **at_least(64 << 20))
     workers: int = knob(1, "reward processes of one rank", "processes", **at_least(1))
 
 
@@ -39,6 +51,12 @@ class RolloutConfig:
         400, "updates between copies of the policy into the reference; 0: never", "updates", **at_least(0)
     )
     shuffle_rewards: bool = knob(False, "control: rewards permuted over the whole rollout, so that they carry no signal", "bool")
+    on_spike: str = knob(
+        "skip",
+        "at a loss or gradient that is not finite: skip the update, rollback to the last checkpoint with other prompts, or stop",
+        "name",
+        **one_of("skip", "rollback", "stop"),
+    )
     log_every: int = knob(1, "rollouts between metric lines", "rollouts", **at_least(1))
     save_every: int = knob(0, "rollouts between checkpoints; 0: at the end only", "rollouts", **at_least(0))
     keep_last: int = knob(2, "checkpoints kept", "checkpoints", **at_least(1))
@@ -76,7 +94,7 @@ class EvalConfig(ComputeConfig):
     samples: int = knob(8, "responses a problem", "responses", **at_least(1))
     batch_prompts: int = knob(128, "problems generated at once by one rank", "prompts", **at_least(1))
     sampling: SamplingConfig = knob(SamplingConfig, "how responses are drawn", "section")
-    reward: RewardConfig = knob(RewardConfig, "the verifier's limits; weights are not used", "section")
+    reward: RewardConfig = knob(RewardConfig, "the verifier's limits and options; weights and by_source are not used", "section")
     engine: Any = knob(None, "registered choice: who generates", "choice")
     keep: str | None = knob(None, "file for the correct responses as SFT problems (rejection sampling); null: none", "path")
     keep_per_problem: int = knob(1, "most correct responses kept a problem", "responses", **at_least(1))

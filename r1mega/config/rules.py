@@ -7,6 +7,7 @@ way out names the nearest values that keep the rule.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
 import typing
@@ -18,8 +19,8 @@ from r1mega.config.errors import UserError, Violation, nearest
 from r1mega.config.knob import REQUIRED
 from r1mega.config.model import ModelConfig
 from r1mega.config.model_rules import divisors, model_violations, multiples, near
-from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RlConfig
-from r1mega.config.run import ComputeConfig, ParallelConfig
+from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RewardConfig, RlConfig
+from r1mega.config.run import ComputeConfig, LogConfig, ParallelConfig
 from r1mega.config.schema import plain_type
 from r1mega.config.train import TUNABLE_MODEL_FIELDS, OptimConfig, PretrainConfig, SftConfig
 
@@ -75,6 +76,7 @@ def cross_violations(config: Any) -> Iterator[Violation]:
     """Broken rules between sections, for whichever sections the command has."""
     if isinstance(config, ComputeConfig):
         yield from _layout(config)
+        yield from _log(config.log)
     if isinstance(config, PretrainConfig):
         yield from model_violations(config.model, config.parallel, world_size(config))
         yield from _length(config)
@@ -86,9 +88,11 @@ def cross_violations(config: Any) -> Iterator[Violation]:
         yield from _schedule(config.optim, config.trainer.steps, "trainer.steps")
     if isinstance(config, RlConfig):
         yield from _loop(config)
-        yield from _rewards(config.reward.weights)
+        yield from _rewards(config.reward)
         updates = config.rl.rollouts * config.rl.updates_per_rollout
         yield from _schedule(config.optim, updates, "rl.rollouts x rl.updates_per_rollout")
+    if isinstance(config, RlConfig | EvalConfig):
+        yield from _reward_options(config.reward.options)
     if isinstance(config, RlConfig | EvalConfig | ChatConfig | ExportConfig):
         yield from _whole_weights(config)
     if isinstance(config, ChatConfig) and world_size(config) > 1:
@@ -215,6 +219,14 @@ def _schedule(optim: OptimConfig, steps: int, what: str) -> Iterator[Violation]:
         yield Violation("optim.constant_steps", rule, optim.constant_steps, fixes)
 
 
+def _log(log: LogConfig) -> Iterator[Violation]:
+    """W&B is there when it is wanted; a folder of that name in the working directory, where it keeps its own files, is not it."""
+    found = importlib.util.find_spec("wandb") if log.wandb else None
+    if log.wandb and (found is None or found.origin is None):
+        hint = "or pip install 'r1mega[wandb]'"
+        yield Violation("log.wandb", "the package wandb is installed", "no such package", (("log.wandb", (False,)),), hint)
+
+
 def _loop(config: RlConfig) -> Iterator[Violation]:
     """One rollout cut into updates and ranks."""
     r, ranks = config.rl, _data_ranks(config)
@@ -234,20 +246,65 @@ def _loop(config: RlConfig) -> Iterator[Violation]:
         yield Violation("rl.sampling.temperature", rule, 0, (("rl.sampling.temperature", (1.0,)),))
 
 
-def _rewards(weights: dict[str, float]) -> Iterator[Violation]:
-    """Every weighted reward is a registered one, or a dotted class that imports."""
-    if not weights:
-        yield Violation("reward.weights", "at least one reward with its weight", "none", hint="give reward.weights={accuracy:1}")
+def _rewards(reward: RewardConfig) -> Iterator[Violation]:
+    """Every reward that is named with a weight is there, and its weight is a number."""
+    places = {"reward.weights": reward.weights, **{f"reward.by_source[{name}]": own for name, own in reward.by_source.items()}}
+    for place, weights in places.items():
+        give = "reward.weights={accuracy:1}" if place == "reward.weights" else "reward.by_source={PATTERN:{accuracy:1}}"
+        if not isinstance(weights, dict) or not weights:
+            got = "none" if isinstance(weights, dict) else repr(weights)
+            yield Violation(place, "at least one reward with its weight", got, hint=f"give {give}")
+            continue
+        for name, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                yield Violation(place, f"a finite number as the weight of {name}", repr(weight), hint=f"give {give}")
+            yield from _reward_faults(place, name)
+
+
+def _reward_faults(place: str, name: str) -> Iterator[Violation]:
+    """Why ``name`` is no reward: neither registered, nor a dotted path to a dataclass."""
     known = registry.choices("reward")
-    for name in weights:
-        if "." in name:
-            try:
-                registry.lookup("reward", name)
-            except ValueError as error:
-                yield Violation("reward.weights", "a dotted reward is imported", repr(name), hint=str(error.__cause__ or error))
-        elif name not in known:
-            hint = f"{nearest(name, known)}use one of {', '.join(sorted(known))}"
-            yield Violation("reward.weights", "a registered reward", repr(name), hint=hint)
+    if "." in name:
+        try:
+            cls = registry.lookup("reward", name)
+        except ValueError as error:
+            yield Violation(place, "a dotted reward is imported", repr(name), hint=str(error.__cause__ or error))
+        else:
+            if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, "build")):
+                rule = "a reward is a frozen dataclass with build()"
+                yield Violation(place, rule, repr(name), hint="add @dataclass(frozen=True) and build")
+    elif name not in known:
+        yield Violation(
+            place, "a registered reward", repr(name), hint=f"{nearest(name, known)}use one of {', '.join(sorted(known))}"
+        )
+
+
+def _reward_options(options: dict[str, Any]) -> Iterator[Violation]:
+    """Options are knobs of a reward that is there, with values that keep their rules."""
+    for name, knobs in options.items():
+        place = f"reward.options.{name}"
+        faults = list(_reward_faults("reward.options", name))
+        if faults:
+            yield from faults
+            continue
+        known = {field.name: field for field in dataclasses.fields(registry.lookup("reward", name))}
+        if not isinstance(knobs, dict):
+            yield Violation(
+                place, "knobs with their values", repr(knobs), hint=f"use {', '.join(known) or 'none, it has no knobs'}"
+            )
+            continue
+        for knob, value in knobs.items():
+            if knob not in known:
+                hint = f"{nearest(knob, known)}use one of {', '.join(known)}" if known else f"it has none, leave {place} out"
+                yield Violation(place, "a knob of the reward", repr(knob), hint=hint)
+                continue
+            usual, rule = known[knob].default, known[knob].metadata.get("rule")
+            kind = (int, float) if type(usual) is float else type(usual)
+            if usual in (dataclasses.MISSING, None):
+                continue
+            if not isinstance(value, kind) or isinstance(value, bool) is not isinstance(usual, bool) or (rule and not rule(value)):
+                says = known[knob].metadata.get("says") or f"a value like {usual!r}"
+                yield Violation(f"{place}.{knob}", says, repr(value), ((f"{place}.{knob}", (usual,)),))
 
 
 def _tunable(model: dict[str, Any]) -> Iterator[Violation]:

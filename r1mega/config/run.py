@@ -12,6 +12,7 @@ class DeviceConfig:
     """The device of this process."""
 
     kind: str = knob("cpu", "cpu (Gloo) or cuda (NCCL)", "name", **one_of("cpu", "cuda"))
+    deterministic: bool = knob(True, "two runs give the same bits (device=cuda has false: it costs speed there)", "bool")
     threads: int = knob(0, "CPU threads of one process; 0: cores divided by local processes", "threads", **at_least(0))
 
 
@@ -41,6 +42,14 @@ class PrecisionConfig:
 
 
 @dataclass
+class LogConfig:
+    """Where the metric lines of a training go besides the run's folder."""
+
+    wandb: bool = knob(False, "mirror metric lines and config to Weights & Biases (extra wandb); WANDB_MODE=offline works", "bool")
+    project: str = knob("r1mega", "the project there; the run has this run's name", "name")
+
+
+@dataclass
 class RunConfig:
     """Fields of every command."""
 
@@ -58,6 +67,8 @@ class ComputeConfig(RunConfig):
     launch: LaunchConfig = knob(LaunchConfig, "who starts the processes", "section")
     parallel: ParallelConfig = knob(ParallelConfig, "degrees of parallelism", "section")
     precision: PrecisionConfig = knob(PrecisionConfig, "number formats", "section")
+    log: LogConfig = knob(LogConfig, "where metric lines go besides the run's folder (pretrain, sft, rl)", "section")
+    profile: bool = knob(False, "trace a few steps (of rl: one rollout) into out/profile, and record who allocates memory", "bool")
 
 
 @dataclass

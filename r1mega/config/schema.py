@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from r1mega import registry
-from r1mega.config.data import PrepareConfig, RecipeConfig, ReportConfig
+from r1mega.config.data import CompareConfig, PrepareConfig, RecipeConfig, ReportConfig
 from r1mega.config.errors import UserError, nearest
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RlConfig
+from r1mega.config.tools import CompletionConfig, DoctorConfig
 from r1mega.config.train import PretrainConfig, SftConfig
 
 SCHEMAS: dict[str, type] = {
@@ -28,7 +29,10 @@ SCHEMAS: dict[str, type] = {
     "export": ExportConfig,
     "recipe": RecipeConfig,
     "report": ReportConfig,
+    "compare": CompareConfig,
     "chat": ChatConfig,
+    "doctor": DoctorConfig,
+    "completion": CompletionConfig,
 }
 """Command to the dataclass of its config."""
 

@@ -35,6 +35,13 @@ class TokenDataConfig:
     train: dict[str, float] = knob({}, "token file (without suffix) to weight of its share of sequences", "path: 1")
     valid: str | None = knob(None, "token file for the validation loss", "path")
     sequence_length: int = knob(4096, "tokens S a sequence", "tokens", **at_least(2))
+    packing: str = knob(
+        "windows",
+        "windows: the documents as one stream, cut anywhere; documents: whole ones, best fit, as V3 (4.1); isolated: documents "
+        "that do not see each other",
+        "name",
+        **one_of("windows", "documents", "isolated"),
+    )
 
 
 @dataclass
@@ -49,6 +56,20 @@ class TrainerConfig:
     valid_batches: int = knob(8, "global batches of one validation loss", "batches", **at_least(1))
     save_every: int = knob(0, "steps between checkpoints; 0: at the end only", "steps", **at_least(0))
     keep_last: int = knob(2, "checkpoints kept", "checkpoints", **at_least(1))
+    on_spike: str = knob(
+        "skip",
+        "at a loss that is not finite or spikes: skip the step, rollback to the last checkpoint with the data moved on, or stop",
+        "name",
+        **one_of("skip", "rollback", "stop"),
+    )
+    spike_sigma: float = knob(
+        6.0,
+        "a loss so far above the mean of the last spike_window steps is a spike; 0: only what is not finite",
+        "standard deviations",
+        **at_least(0),
+    )
+    spike_window: int = knob(128, "steps that a loss is compared with", "steps", **at_least(8))
+    spike_limit: int = knob(10, "spikes, fewer than spike_window steps apart, that a run endures", "spikes", **at_least(0))
     peak_tflops: float = knob(0.0, "peak of one device for MFU; 0: measured once by a matrix product", "TFLOP/s", **at_least(0))
 
 

@@ -16,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO
+
+from r1mega.config.errors import STOPPED
 
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.05
@@ -45,15 +47,16 @@ def start_ranks(
     """Run ``python ARGUMENTS`` as ``processes`` ranks and wait for all of them.
 
     ``env``: added to this process's environment; ``grace_seconds``: how long the other ranks may go on after the first failure, so
-    that the one that knows the cause can say it; ``end_seconds``: from SIGTERM to SIGKILL. Raises LaunchError; KeyboardInterrupt
-    (and SIGTERM as SystemExit 143) after the ranks are gone.
+    that the one that knows the cause can say it; ``end_seconds``: from SIGTERM to SIGKILL. SIGTERM is handed on to the ranks, whose
+    status then counts; a second one ends them. Raises LaunchError; KeyboardInterrupt, and SystemExit 143 where SIGTERM ended the
+    ranks, after they are gone.
     """
     port = free_port()
     ranks: list[subprocess.Popen] = []
     with contextlib.ExitStack() as stack:
         errors: list[BinaryIO | None] = [None] + [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes - 1)]
         stack.callback(_end, ranks, end_seconds)
-        stack.enter_context(_sigterm_raises())
+        came = stack.enter_context(_sigterm_forwarded(ranks))
         for rank in range(processes):
             variables = {**os.environ, **(env or {}), **rank_env(rank, processes, port)}
             ranks.append(
@@ -67,6 +70,8 @@ def start_ranks(
                 )
             )
         failed = _wait(ranks, grace_seconds)
+        if came and failed and failed[0][1] == 128 + signal.SIGTERM:  # ranks that had nothing to save
+            raise SystemExit(failed[0][1])
         if failed:
             _show(failed, errors)
             raise LaunchError(failed[0][0], processes, failed[0][1])
@@ -106,19 +111,28 @@ def _dies_with(parent: int) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _sigterm_raises():
-    """While ranks run, SIGTERM unwinds the stack, so that they are ended. Outside the main thread signals stay as they are."""
+def _sigterm_forwarded(ranks: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
+    """While ranks run, SIGTERM goes on to them, so that they can save; a second one unwinds the stack, which ends them.
 
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
+    Gives the list of signals that came. Outside the main thread signals stay as they are.
+    """
+    came: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise SystemExit(128 + number)
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
 
     try:
-        before = signal.signal(signal.SIGTERM, leave)
+        before = signal.signal(signal.SIGTERM, forward)
     except ValueError:
-        yield
+        yield came
         return
     try:
-        yield
+        yield came
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -145,7 +159,7 @@ def _show(failed: Sequence[tuple[int, int]], errors: Sequence[BinaryIO | None]) 
     """The end of the stderr of every failed rank but 0, whose stderr has passed through."""
     for rank, status in failed:
         stream = errors[rank]
-        if stream is None:
+        if stream is None or status == STOPPED:
             continue
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - SHOWN_BYTES))

@@ -75,6 +75,14 @@ class Mesh:
         dist.all_gather_object(box, value, group=self.data_group())
         return box
 
+    def gather_everywhere(self, value: Any) -> list[Any]:
+        """Every rank's value in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        box = [None] * self.world_size
+        dist.all_gather_object(box, value)
+        return box
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the data axis, in place; any shape."""
         if self.data_size > 1:
@@ -101,13 +109,15 @@ class Mesh:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.data_group())
         return values
 
+    def any(self, flag: bool) -> bool:
+        """True on every rank when ``flag`` is on one."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum_everywhere(torch.tensor(float(flag), device=self.device.torch_device)).item())
+
     def agree(self, failure: str) -> None:
         """Raise on all ranks together when any rank brings a failure text; an empty text is no failure."""
-        texts = [failure]
-        if self.world_size > 1:
-            texts = [""] * self.world_size
-            dist.all_gather_object(texts, failure)
-        for rank, text in enumerate(texts):
+        for rank, text in enumerate(self.gather_everywhere(failure)):
             if text:
                 raise UserError(text if self.world_size == 1 else f"rank {rank}: {text}")
 

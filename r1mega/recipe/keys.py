@@ -10,17 +10,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from r1mega.provenance import files_below, input_paths, parts_of
 from r1mega.recipe.graph import Stage
 
-NOT_IN_KEY = ("name", "debug", "launch", "device.threads")
+NOT_IN_KEY = ("name", "debug", "profile", "log", "launch", "device.threads")
 """Fields that change where or how fast a stage runs, not what comes out."""
-
-WRITTEN = ("out", "target", "keep")
-"""Path fields that a command writes; their content is no input."""
 
 HASHED_BYTES = 64 << 20
 """Up to this size a file counts by its content; above it by size and time of change."""
@@ -82,10 +80,8 @@ def outside_inputs(config: Any, folder: Path) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     inside = folder.resolve()
-    for text in _paths(config):
-        path = Path(text)
-        parts = [path] if path.exists() else sorted(path.parent.glob(path.name + ".*")) if path.name else []
-        for part in parts:
+    for _, text in input_paths(config):
+        for part in parts_of(text):
             if not part.resolve().is_relative_to(inside):
                 found[str(part)] = fingerprint(part)
     return found
@@ -95,32 +91,10 @@ def fingerprint(path: Path) -> str:
     """Hash of a file, or of all files below a folder with their names (hidden ones and byte code left out)."""
     if path.is_dir():
         digest = hashlib.sha256()
-        for base, folders, files in os.walk(path):
-            folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
-            for name in sorted(files):
-                file = Path(base, name)
-                if not name.startswith(".") and file.is_file():
-                    digest.update(f"{file.relative_to(path)}\0{fingerprint(file)}\0".encode())
+        for file in files_below(path):
+            digest.update(f"{file.relative_to(path)}\0{fingerprint(file)}\0".encode())
         return digest.hexdigest()
     stat = path.stat()
     if stat.st_size > HASHED_BYTES:
         return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _paths(value: Any) -> Iterator[str]:
-    """Texts of all knobs whose unit is a path (``path``, or ``path: ...`` for the keys of a dict), nested sections included."""
-    if dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            item, unit = getattr(value, field.name), field.metadata.get("unit", "")
-            if unit.split(":")[0] != "path":
-                yield from _paths(item)
-            elif field.name not in WRITTEN:
-                texts = [item] if isinstance(item, str) else item or []
-                yield from (text for text in texts if isinstance(text, str))
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _paths(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _paths(item)

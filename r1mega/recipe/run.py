@@ -89,14 +89,19 @@ def _crew(cfg: RecipeConfig) -> Crew:
 
 
 def compute_overrides(cfg: RecipeConfig) -> dict[str, list[str]]:
-    """Section (device, launch, parallel, precision) to the overrides that give a stage the recipe's own values."""
+    """Field of ComputeConfig (device, launch, ..., profile) to the overrides that give a stage the recipe's own values."""
     own = {field.name for field in dataclasses.fields(RunConfig)}
-    sections = [field.name for field in dataclasses.fields(ComputeConfig) if field.name not in own]
-    return {
-        section: [f"{section}.{field.name}={_hydra(getattr(value, field.name))}" for field in dataclasses.fields(value)]
-        for section in sections
-        for value in [getattr(cfg, section)]
-    }
+    overrides: dict[str, list[str]] = {}
+    for name in (field.name for field in dataclasses.fields(ComputeConfig) if field.name not in own):
+        value = getattr(cfg, name)
+        inner = (
+            {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            if dataclasses.is_dataclass(value)
+            else None
+        )
+        single = {name: value} if inner is None else {f"{name}.{key}": item for key, item in inner.items()}
+        overrides[name] = [f"{key}={_hydra(item)}" for key, item in single.items()]
+    return overrides
 
 
 def _hydra(value: Any) -> str:

@@ -5,14 +5,10 @@ In: stages and the records of their results. Out: plain dicts and text. Also des
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from r1mega import __version__
+from r1mega import __version__, provenance
 from r1mega.recipe.graph import Stage
 
 EVAL_FIELDS = ("pass_at_1", "standard_error", "format_rate", "response_length", "truncated", "num_problems")
@@ -69,44 +65,5 @@ def _number(value: Any, form: str, factor: float = 1.0) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the run ran on: processor, usable cores, memory in GiB, GPUs, system, versions. Names no person and no place."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = {"r1mega": __version__}
-    for package in ("torch", "megatron-core", "transformers"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "processor": _processor(),
-        "cores": cores,
-        "memory_gib": round(_memory_bytes() / 2**30, 1),
-        "gpus": _gpus(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def _field(path: Path, name: str) -> str:
-    """The value of the first ``name : value`` line of a file under /proc; empty without one."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == name), "")
-
-
-def _processor() -> str:
-    return _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0
-
-
-def _gpus() -> list[str]:
-    return [_field(path, "Model") for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
+    """What the run ran on, and the versions of what matters. Names no person and no place."""
+    return {**provenance.machine(), "versions": {"r1mega": __version__, **provenance.versions()}}

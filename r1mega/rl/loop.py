@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from r1mega.config.errors import Stopped, UserError
 from r1mega.config.rl import RlConfig
 from r1mega.data.problems import Problem, load_problems
 from r1mega.data.prompts import PromptStream
 from r1mega.rl.batch import RolloutBatch, RolloutRow, microbatches
 from r1mega.rl.loss import token_logprobs
 from r1mega.rl.metrics import mean_load, rollout_line
+from r1mega.rl.reward.mix import by_reward, names_of, weights_of, write_failures
 from r1mega.rl.reward.runner import RewardRunner, total
 from r1mega.rl.setup import (
     encode_prompts,
@@ -30,10 +32,12 @@ from r1mega.rl.setup import (
     open_tokenizer,
     response_text,
 )
-from r1mega.train import checkpoint
+from r1mega.train import checkpoint, stop
 from r1mega.train.checkpoint import TrainState
+from r1mega.train.health import Health
 from r1mega.train.manifest import check_same_command
 from r1mega.train.metrics import Metrics
+from r1mega.train.profile import Profile
 from r1mega.train.schedule import learning_rate
 from r1mega.train.trainee import StepResult
 
@@ -42,11 +46,12 @@ def rl(config: RlConfig) -> dict[str, Any]:
     """Reinforce ``config.init`` for ``rl.rollouts`` rollouts; the same call goes on from the last checkpoint."""
     mesh = open_run_mesh(config)
     init = checkpoint.resolve(config.init)
-    with open_rewards(config.reward, config.reward.weights) as rewards:
+    with open_rewards(config.reward, config.reward.weights) as rewards, stop.heeding():
         loop = RlLoop(config, mesh, init, rewards)
-        while loop.state.extra["rollouts"] < config.rl.rollouts:
-            loop.rollout()
-        return loop.finish()
+        with loop.policy.watch_memory(loop.folder, "rl.micro_batch_size or rl.sampling.max_new_tokens"):
+            while loop.state.extra["rollouts"] < config.rl.rollouts:
+                loop.rollout()
+            return loop.finish()
 
 
 class RlLoop:
@@ -58,6 +63,7 @@ class RlLoop:
         self.checkpoints = self.folder / "checkpoints"
         if mesh.is_first:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoint.clear(self.checkpoints)
         mesh.barrier()
         self.tokenizer, self.parent = open_tokenizer(init), checkpoint.digest(init)
         self.policy = open_policy(config, init, mesh, config.optim, config.model)
@@ -70,14 +76,19 @@ class RlLoop:
         self.has_reference = getattr(config.policy_loss, "kl_coef", 0) > 0
         if self.has_reference:
             self.policy.copy_to_reference()
-        held = checkpoint.latest(self.checkpoints)
+        self.health = Health()
+        held = checkpoint.newest_whole(mesh, self.checkpoints)
         if held is not None:
             check_same_command("rl", held)
-            self.state = self.policy.load(held, weights_only=False)
+            self.state = self.policy.load(held, weights_only=False, verified=True)
             self.prompts.load_state_dict(self.state.cursor)
+            self.health.load_state_dict(self.state.extra["health"])
         self.advantages, self.loss = config.advantage.build(), config.policy_loss.build()
         self.engine = open_engine(config.engine, self.policy, self.tokenizer)
-        self.metrics = Metrics(self.folder, "rollout", self.sizes.rollouts, self.state.extra["rollouts"], active=mesh.is_first)
+        self.metrics = Metrics(
+            self.folder, "rollout", self.sizes.rollouts, self.state.extra["rollouts"], active=mesh.is_first, config=config
+        )
+        self.profile = Profile(self.folder, mesh, active=config.profile, skip=1, count=1)
         self.seconds: dict[str, float] = {}
         self.push()
 
@@ -88,12 +99,36 @@ class RlLoop:
         judged = self.judge(rows, problems)
         self.score(rows)
         results = self.train(rows)
+        troubles = [result.trouble for result in results if result.trouble]
+        if troubles and self.rolled_back(troubles):
+            return
         self.push()
         self.state.extra["rollouts"] += 1
         self.state.extra["seconds"] += time.perf_counter() - began
         self.state.tokens += sum(self.mesh.gather_objects(sum(row.size for row in rows)))
         self.log(rows, judged, results)
         self.save()
+
+    def rolled_back(self, troubles: list[str]) -> bool:
+        """Log updates that were not applied and, where the run shall and can, go back; the prompts stay moved on."""
+        number, wanted = self.state.extra["rollouts"] + 1, self.sizes.on_spike
+        if wanted == "stop":
+            raise UserError(
+                f"training: sound updates with rl.on_spike=stop; got {troubles[0]} in rollout {number}; lower optim.lr, or use "
+                "rl.on_spike=skip or rollback; the same command goes on from the last checkpoint"
+            )
+        for trouble in troubles:
+            self.health.trouble(trouble)
+        held = checkpoint.newest_whole(self.mesh, self.checkpoints) if wanted == "rollback" else None
+        state = self.policy.load(held, weights_only=False, verified=True) if held else None
+        told = f"rolled back to rollout {state.extra['rollouts']}" if state else f"{len(troubles)} of its updates skipped"
+        self.metrics.event(told, number, troubles[0])
+        if state is None:
+            return False
+        self.state = state
+        self.metrics.rewind(state.extra["rollouts"])
+        self.push()
+        return True
 
     def generate(self) -> tuple[list[RolloutRow], list[Problem]]:
         """G responses to each of this rank's questions, groups side by side."""
@@ -107,16 +142,19 @@ class RlLoop:
         return [RolloutRow(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)], problems
 
     def judge(self, rows: list[RolloutRow], problems: list[Problem]) -> dict[str, list[float]]:
-        """Rewards by name and their weighted sum; sets the rows' advantages."""
+        """Rewards by name and their sum, weighted by the problem's source; sets the rows' advantages."""
+        weights, by_source = self.config.reward.weights, self.config.reward.by_source
         with self.timed("reward"):
-            records = self.rewards.score(problems, [response_text(self.tokenizer, row.completion) for row in rows])
-            rewards = total(records, self.config.reward.weights)
+            texts = [response_text(self.tokenizer, row.completion) for row in rows]
+            records = self.rewards.score(problems, texts)
+            rewards = total(records, [weights_of(problem.source, weights, by_source) for problem in problems])
             if self.sizes.shuffle_rewards:
                 rewards = self._shuffled(rewards)
             advantages = self.advantages(torch.tensor(rewards).view(-1, self.sizes.group_size)).flatten().tolist()
             for row, advantage in zip(rows, advantages, strict=True):
                 row.advantage = advantage
-        by_name = {name: [record[name].value for record in records] for name in self.config.reward.weights}
+        write_failures(self.folder / "reward_failures.jsonl", self.state.extra["rollouts"] + 1, problems, texts, records)
+        by_name = by_reward(records, names_of(weights, by_source), self.mesh.gather_objects)
         failed = [float(any(entry.failure for entry in record.values())) for record in records]
         return {**by_name, "reward": rewards, "reward_failed": failed}
 
@@ -178,8 +216,12 @@ class RlLoop:
             return loss, {**sums, "entropy_sum": float((entropy_BS * batch.mask_BS).sum())}
 
         steps = self.sizes.rollouts * self.sizes.updates_per_rollout
-        result = self.policy.update(self.batches(rows), objective, learning_rate(self.config.optim, self.state.step, steps))
+        result = self.policy.update(
+            self.batches(rows), objective, learning_rate(self.config.optim, self.state.step, steps), self.health.judge
+        )
         self.state.step += 1
+        if not result.trouble:
+            self.health.sound(result.loss)
         refresh = self.sizes.ref_refresh_updates
         if self.has_reference and refresh and self.state.step % refresh == 0:
             self.policy.copy_to_reference()
@@ -205,9 +247,11 @@ class RlLoop:
         self.metrics.log({**place, **line, **seconds, "expert_load": mean_load(results)})
 
     def save(self) -> None:
-        """A checkpoint where it is due."""
+        """A checkpoint where it is due, and where SIGTERM came, after which the run ends. Raises Stopped then."""
         number, every = self.state.extra["rollouts"], self.sizes.save_every
-        if number == self.sizes.rollouts or (every and number % every == 0):
+        last, asked = number == self.sizes.rollouts, stop.asked(self.mesh)
+        if last or asked or (every and number % every == 0):
+            self.state.extra["health"] = self.health.state_dict()
             self.state.cursor = self.prompts.state_dict()
             self.policy.save(
                 self.state,
@@ -217,9 +261,16 @@ class RlLoop:
                 parent=self.parent,
                 command="rl",
             )
+        self.profile.step()
+        if asked and not last:
+            self.finish()
+            raise Stopped(
+                f"stopped: SIGTERM came, rollout {number} of {self.sizes.rollouts} is saved; the same command goes on from there"
+            )
 
     def finish(self) -> dict[str, Any]:
         """Close and say where the result lies."""
+        self.profile.close()
         self.metrics.close()
         return {
             "checkpoint": str(checkpoint.resolve(self.checkpoints)),

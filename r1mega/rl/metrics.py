@@ -48,11 +48,13 @@ def rollout_line(
     line["flat_groups"] = value["flat_groups"] / value["groups"]
     line["rollout_diff_mean"] = value["difference"] / max(value["response_tokens"], 1)
     line["rollout_diff_max"] = largest
-    tokens = max(sum(result.stats["num_tokens"] for result in results), 1.0)
-    for name, total in (("kl", "kl_sum"), ("clip_share", "num_clipped"), ("entropy", "entropy_sum")):
-        line[name] = sum(result.stats[total] for result in results) / tokens
-    line["loss"] = sum(result.loss for result in results) / len(results)
-    line["grad_norm"] = sum(result.grad_norm for result in results) / len(results)
+    applied = [result for result in results if not result.trouble]
+    if applied:
+        tokens = max(sum(result.stats["num_tokens"] for result in applied), 1.0)
+        for name, total in (("kl", "kl_sum"), ("clip_share", "num_clipped"), ("entropy", "entropy_sum")):
+            line[name] = sum(result.stats[total] for result in applied) / tokens
+        line["loss"] = sum(result.loss for result in applied) / len(applied)
+        line["grad_norm"] = sum(result.grad_norm for result in applied) / len(applied)
     return line
 
 

@@ -75,12 +75,18 @@ def response_text(tokenizer: Tokenizer, completion: Completion) -> str:
     return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids, skip_special=False)
 
 
-def open_rewards(config: RewardConfig, weights: Mapping[str, float]) -> RewardRunner:
-    """The reward processes for ``weights``, with knobs and limits of the config. Raises UserError for an unknown knob."""
+def open_rewards(
+    config: RewardConfig, weights: Mapping[str, float], by_source: Mapping[str, Mapping[str, float]] | None = None
+) -> RewardRunner:
+    """The reward processes for ``weights`` and ``by_source`` (None: the config's), with the config's knobs and limits.
+
+    Raises UserError for an unknown knob.
+    """
     made = {}
     for name, knobs in config.options.items():
         try:
             made[name] = lookup("reward", name)(**knobs)
         except TypeError as error:
             raise UserError(f"reward.options.{name}: knobs that the reward has; got {error}; see its class") from error
-    return RewardRunner(weights, config.timeout_seconds, config.memory_bytes, config.workers, rewards=made)
+    by_source = config.by_source if by_source is None else by_source
+    return RewardRunner(weights, config.timeout_seconds, config.memory_bytes, config.workers, rewards=made, by_source=by_source)

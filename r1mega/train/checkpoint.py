@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,25 @@ import torch
 
 from r1mega.compat import megatron_writer
 from r1mega.config.errors import UserError
+from r1mega.files import published
+from r1mega.mesh import Mesh
 from r1mega.train import manifest
 from r1mega.train.manifest import digest, latest, read_model, read_state, resolve, verify
 from r1mega.train.trainee import Trainee
 
-__all__ = ["TrainState", "digest", "latest", "load", "read_model", "read_state", "resolve", "save", "verify"]
+__all__ = [
+    "TrainState",
+    "clear",
+    "digest",
+    "latest",
+    "load",
+    "newest_whole",
+    "read_model",
+    "read_state",
+    "resolve",
+    "save",
+    "verify",
+]
 
 SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -54,21 +71,19 @@ def save(
     """Write a checkpoint of all ranks aside and publish it by rename; older ones beyond ``keep_last`` are removed.
 
     ``parent``: the :func:`digest` of the checkpoint that the run started from; ``command``: whose run it is. ``extra_tensors``:
-    file name to tensors that every rank holds alike (RL's reference).
+    file name to tensors that every rank holds alike (RL's reference). Raises UserError, on all ranks, where the disk is full or
+    refuses; the last checkpoint stays whole.
     """
-    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
     mesh = trainee.mesh
     final, aside = folder / f"step-{state.step:08d}", folder / f".step-{state.step:08d}.tmp"
-    if mesh.is_first:
+
+    def prepare() -> None:
         shutil.rmtree(aside, ignore_errors=True)
         (aside / "weights").mkdir(parents=True)
-    mesh.barrier()
-    rng = mesh.device.rng_state()
-    sharded = _sharded(trainee, loading=False)
-    dist_checkpointing.save(sharded, str(aside / "weights"), sharded_strategy=_save_strategy(), content_metadata=SHARDING)
-    mesh.barrier()
-    if mesh.is_first:
+
+    def describe() -> None:
         if tokenizer:
             shutil.copytree(tokenizer, aside / "tokenizer")
         torch.save(rng, aside / "rng.pt")
@@ -77,33 +92,122 @@ def save(
         record = {**asdict(state), "model": asdict(trainee.model_config), "parent": parent, "degrees": mesh.degrees}
         record |= {"command": command, "dtype": str(trainee.dtype).removeprefix("torch.")}
         (aside / "state.json").write_text(json.dumps(record, indent=1))
-        manifest.write(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        _sync(folder)
-        for old in sorted(folder.glob("step-*"))[:-keep_last]:
-            shutil.rmtree(old)
-    mesh.barrier()
+
+    rng = mesh.gather_everywhere(mesh.device.rng_state())
+    _together(mesh, aside, prepare if mesh.is_first else None)
+    try:
+        _save_tensors(trainee, aside / "weights")
+    except (Exception, CheckpointException) as error:  # noqa: BLE001 - on all ranks, or on one, whose end then ends the others
+        raise UserError(_unwritten(mesh, aside, error)) from error
+    _together(mesh, aside, describe if mesh.is_first else None)
+    entries = _together(mesh, aside, lambda: manifest.hashes(aside, mesh.rank, mesh.world_size))
+    merged = {name: entry for part in mesh.gather_everywhere(entries) for name, entry in part.items()}
+    _together(mesh, aside, (lambda: _publish(aside, merged, final, keep_last)) if mesh.is_first else None)
+    mesh.agree(published(final) if mesh.is_first else "")
     return final
 
 
-def load(trainee: Trainee, path: str | Path, *, weights_only: bool = False) -> TrainState:
+def _save_tensors(trainee: Trainee, folder: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    sharded = _sharded(trainee, loading=False)
+    dist_checkpointing.save(sharded, str(folder), sharded_strategy=_save_strategy(), content_metadata=SHARDING)
+
+
+def _together(mesh: Mesh, aside: Path, action: Callable[[], Any] | None) -> Any:
+    """Run this rank's part of a save; where it fails on one rank, all raise UserError and the unfinished folder goes."""
+    value, failure = None, ""
+    try:
+        value = action() if action else None
+    except (OSError, RuntimeError) as error:  # torch.save raises the second where its file cannot grow
+        failure = _unwritten(mesh, aside, error)
+    mesh.agree(failure)
+    return value
+
+
+def _unwritten(mesh: Mesh, aside: Path, error: BaseException) -> str:
+    """What to tell of a save that failed; removes what it had written, which gives a full disk its room back."""
+    if mesh.is_first:
+        shutil.rmtree(aside, ignore_errors=True)
+    told = error.strerror if isinstance(error, OSError) else None
+    if not told:  # Megatron packs what its writer met into a text
+        found = re.search(r"(?:\[Errno \d+\] |Worker failure: )([^\n]+)", str(error).replace("Worker failure: [Errno", "[Errno"))
+        told = found.group(1) if found else f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+    last = latest(aside.parent)
+    free = shutil.disk_usage(aside.parent).free / 2**30
+    return (
+        f"checkpoint {aside.parent}: the disk takes what is saved; got {told} with {free:.1f} GiB free; make "
+        f"room and run the same command, {f'{last.name} is whole and it goes on from there' if last else 'there is no earlier one'}"
+    )
+
+
+def _publish(aside: Path, entries: dict[str, dict[str, Any]], final: Path, keep_last: int) -> None:
+    """Manifest, rename, and away with older ones. At no moment is there no whole checkpoint where there was one."""
+    folder = aside.parent
+    manifest.write(aside, entries)
+    if final.exists():  # one that is written again: it goes only when the new one stands
+        final.rename(folder / f".{final.name}.old")
+    aside.rename(final)
+    _sync(folder)
+    for old in manifest.finished(folder)[:-keep_last]:
+        old.rename(folder / f".{old.name}.old")  # at once gone for readers, whenever this process is killed
+    clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what killed processes left half written or half removed."""
+    for rest in folder.glob(".step-*"):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def newest_whole(mesh: Mesh, folder: Path) -> Path | None:
+    """The newest checkpoint of a run whose every hash holds; None where there is none at all. Called by all ranks.
+
+    Damaged ones after it are named on stderr and set aside as ``damaged-step-*``. Raises UserError where all are damaged: a run
+    must not start anew unasked.
+    """
+    candidates = mesh.broadcast_object(manifest.finished(folder))
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(candidates):
+        faults = mesh.gather_everywhere(manifest.fault_of(path, mesh.rank, mesh.world_size))
+        fault = next(filter(None, faults), "")
+        if not fault:
+            if mesh.is_first:
+                for bad, why in damaged:
+                    print(
+                        f"checkpoint {bad}: {why}; going on from {path.name}; the damaged one is kept as damaged-{bad.name}",
+                        file=sys.stderr,
+                    )
+                    shutil.rmtree(folder / f"damaged-{bad.name}", ignore_errors=True)
+                    bad.rename(folder / f"damaged-{bad.name}")
+            mesh.barrier()
+            return path
+        damaged.append((path, fault))
+    if damaged:
+        named = "; ".join(f"{path.name}: {why}" for path, why in damaged)
+        raise UserError(f"checkpoints {folder}: one at least is whole; got {named}; remove the folder to start anew")
+    return None
+
+
+def load(trainee: Trainee, path: str | Path, *, weights_only: bool = False, verified: bool = False) -> TrainState:
     """Load a checkpoint into a trainee of the same architecture, whatever layout wrote it. Hashes are checked first.
 
-    ``weights_only``: leave the optimizer and the generators fresh (SFT, RL and evaluation start so). Raises UserError for a
-    damaged checkpoint (the file is named) and for one of another architecture (the fields are named).
+    ``weights_only``: leave the optimizer and the generators fresh (SFT, RL and evaluation start so). ``verified``: the hashes have
+    just been checked (:func:`newest_whole`). Raises UserError for a damaged checkpoint (the file is named) and for one of another
+    architecture (the fields are named).
     """
     from megatron.core import dist_checkpointing
 
-    source = resolve(path)
+    source, mesh = resolve(path), trainee.mesh
     failure = ""
-    if trainee.mesh.is_first:
-        try:
+    try:
+        if not verified and manifest.fault_of(source, mesh.rank, mesh.world_size):
             verify(source)
+        if mesh.is_first:
             manifest.check_same_model(trainee.model_config, source)
-        except UserError as error:
-            failure = str(error)
-    trainee.mesh.agree(failure)
+    except UserError as error:
+        failure = str(error)
+    mesh.agree(failure)
     record = read_state(source)
     sharded = _sharded(trainee, loading=True, with_optimizer=not weights_only)
     loaded = dist_checkpointing.load(sharded, str(source / "weights"))
@@ -113,7 +217,8 @@ def load(trainee: Trainee, path: str | Path, *, weights_only: bool = False) -> T
             trainee.optimizer.reload_model_params()
         else:
             trainee.optimizer.load_state_dict(loaded["optimizer"])
-            trainee.mesh.device.set_rng_state(torch.load(source / "rng.pt", weights_only=True))
+            states = torch.load(source / "rng.pt", weights_only=True)
+            mesh.device.set_rng_state(states[mesh.rank if mesh.rank < len(states) else 0])
     return TrainState(record["step"], record["tokens"], record["cursor"], record["extra"])
 
 

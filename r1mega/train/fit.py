@@ -6,6 +6,7 @@ global batch, whatever the split into ranks and microbatches.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,21 +15,24 @@ from typing import Any
 
 import torch
 
-from r1mega.config.errors import UserError
+from r1mega.config.errors import Stopped, UserError
 from r1mega.config.model import ModelConfig
 from r1mega.config.model_rules import check_model
 from r1mega.config.train import PretrainConfig, SftConfig
-from r1mega.data.loader import PretrainLoader, SftLoader, TokenBatch, validation_batches
+from r1mega.data.loader import DocumentLoader, PretrainLoader, SftLoader, TokenBatch, validation_batches
 from r1mega.data.tokenfile import TokenFile, check_tokenizer
 from r1mega.data.tokenizer import tokenizer_hash
 from r1mega.device import open_device, peak_tflops
 from r1mega.mesh import Mesh, open_mesh
 from r1mega.model.flops import train_flops_per_token
 from r1mega.model.forward import TokenTensors, token_losses
-from r1mega.train import checkpoint
+from r1mega.train import checkpoint, stop
 from r1mega.train.checkpoint import TrainState
+from r1mega.train.health import Health
 from r1mega.train.manifest import check_same_command
+from r1mega.train.memory import watched
 from r1mega.train.metrics import Metrics
+from r1mega.train.profile import Profile
 from r1mega.train.schedule import batch_size, learning_rate
 from r1mega.train.trainee import LossSum, StepResult, Trainee
 
@@ -37,7 +41,7 @@ from r1mega.train.trainee import LossSum, StepResult, Trainee
 class Source:
     """What a run starts from: the loader, a checkpoint for the weights or None, the tokenizer to keep with the checkpoints."""
 
-    loader: PretrainLoader | SftLoader
+    loader: PretrainLoader | DocumentLoader | SftLoader
     init: Path | None
     tokenizer: str | None
 
@@ -70,7 +74,8 @@ def tensors(batch: TokenBatch, size: int, device: torch.device, *, segments: boo
 def fit(config: PretrainConfig | SftConfig, model: ModelConfig, open_source: Callable[[Mesh], Source]) -> dict[str, Any]:
     """Train to ``trainer.steps``; the same call goes on from the last checkpoint. Returns the result that a recipe keeps.
 
-    Raises UserError, on all ranks, for token files of another tokenizer and for a checkpoint of another model.
+    Raises UserError, on all ranks, for token files of another tokenizer, a checkpoint of another model, and more spikes than
+    ``trainer.spike_limit``; Stopped after a SIGTERM, when a checkpoint is written.
     """
     mesh = open_mesh(open_device(config.device), config.parallel, config.launch, config.seed)
     source = open_source(mesh)
@@ -81,9 +86,10 @@ def fit(config: PretrainConfig | SftConfig, model: ModelConfig, open_source: Cal
         check_tokenizer(meta, tokenizer_hash=expected, vocab_size=model.vocab_size)
     trainee = Trainee(model, config.optim, mesh, config.precision.dtype)
     run = _Run(config, model, mesh, source, trainee)
-    run.start()
-    run.loop()
-    return run.finish()
+    with stop.heeding(), watched(trainee, run.folder, "trainer.micro_batch_size or data.sequence_length"):
+        run.start()
+        run.loop()
+        return run.finish()
 
 
 class _Run:
@@ -94,10 +100,13 @@ class _Run:
         self.trainer = config.trainer
         self.folder = Path(config.out)
         self.checkpoints = self.folder / "checkpoints"
-        self.segments = isinstance(source.loader, SftLoader)
-        self.command = "sft" if self.segments else "pretrain"
+        self.command = "sft" if isinstance(config, SftConfig) else "pretrain"
+        self.packing = "isolated" if self.command == "sft" else config.data.packing
+        self.segments = self.packing == "isolated"
         self.valid = self._validation() if config.data.valid else []  # opened now: a bad file must not end a run at its end
         self.state = TrainState()
+        self.health = Health(self.trainer.spike_sigma, self.trainer.spike_window, self.trainer.spike_limit)
+        self.profile = Profile(self.folder, mesh, active=config.profile, skip=2, count=3)
         self.parent = checkpoint.digest(source.init) if source.init else None
         self.valid_loss: float | None = None
         self.seconds = 0.0
@@ -106,18 +115,24 @@ class _Run:
         """Load what the run goes on from, and open the metrics."""
         if self.mesh.is_first:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoint.clear(self.checkpoints)
         self.mesh.barrier()
-        held = checkpoint.latest(self.checkpoints)
+        held = checkpoint.newest_whole(self.mesh, self.checkpoints)
         if held is not None:
             check_same_command(self.command, held)
-            self.state = checkpoint.load(self.trainee, held)
+            self._take(checkpoint.load(self.trainee, held, verified=True))
             self.source.loader.load_state_dict(self.state.cursor)
-            self.valid_loss = self.state.extra.get("valid_loss")
-            self.seconds = self.state.extra.get("seconds", 0.0)
+            self.health.load_state_dict(self.state.extra["health"])
         elif self.source.init is not None:
             checkpoint.load(self.trainee, self.source.init, weights_only=True)
-        self.metrics = Metrics(self.folder, "step", self.trainer.steps, self.state.step, active=self.mesh.is_first)
+        self.metrics = Metrics(
+            self.folder, "step", self.trainer.steps, self.state.step, active=self.mesh.is_first, config=self.config
+        )
         self.peak = self.trainer.peak_tflops or peak_tflops(self.mesh.device, self.trainee.dtype)
+
+    def _take(self, state: TrainState) -> None:
+        self.state = state
+        self.valid_loss, self.seconds = state.extra["valid_loss"], state.extra["seconds"]
 
     def loop(self) -> None:
         """Steps up to ``trainer.steps``."""
@@ -129,11 +144,33 @@ class _Run:
             batch = self.source.loader.next(size)
             parts = tensors(batch, trainer.micro_batch_size, self.mesh.device.torch_device, segments=self.segments)
             rate = learning_rate(optim, self.state.step, trainer.steps)
-            result = self.trainee.step(parts, token_losses, masked_sum, rate)
+            result = self.trainee.step(parts, token_losses, masked_sum, rate, self.health.judge)
             self.mesh.device.synchronize()
             self.state.step += 1
             self.state.tokens += size * self.config.data.sequence_length
+            if result.trouble and self._rolled_back(result.trouble):
+                continue
+            if not result.trouble:
+                self.health.sound(result.loss)
             self._after_step(result, rate, size, time.perf_counter() - began)
+
+    def _rolled_back(self, trouble: str) -> bool:
+        """Log a step that was not applied and, where the run shall and can, go back to a checkpoint; the data stays moved on."""
+        step, wanted = self.state.step, self.trainer.on_spike
+        if wanted == "stop":
+            raise UserError(
+                f"training: sound losses with trainer.on_spike=stop; got {trouble} at step {step}; lower optim.lr, or use "
+                "trainer.on_spike=skip or rollback; the same command goes on from the last checkpoint"
+            )
+        self.health.trouble(trouble)
+        held = checkpoint.newest_whole(self.mesh, self.checkpoints) if wanted == "rollback" else None
+        self.metrics.event(f"rolled back to step {_step_of(held)}" if held else "step skipped", step, trouble)
+        if held is None:
+            return False
+        self._take(checkpoint.load(self.trainee, held, verified=True))
+        self.health.load_state_dict(self.state.extra["health"], keep_troubles=True)
+        self.metrics.rewind(self.state.step)
+        return True
 
     def _after_step(self, result: StepResult, rate: float, size: int, seconds: float) -> None:
         step, trainer = self.state.step, self.trainer
@@ -145,8 +182,14 @@ class _Run:
             self.valid_loss = self._validate()
         if last or validate or step % trainer.log_every == 0 or step == 1:
             self.metrics.log(self._line(result, rate, size, seconds, validate))
-        if last or (trainer.save_every and step % trainer.save_every == 0):
+        saves = last or (trainer.save_every and step % trainer.save_every == 0)
+        asked = stop.asked(self.mesh)
+        if saves or asked:
             self._save()
+        self.profile.step()
+        if asked and not last:
+            self.finish()
+            raise Stopped(f"stopped: SIGTERM came, step {step} of {trainer.steps} is saved; the same command goes on from there")
 
     def _line(self, result: StepResult, rate: float, size: int, seconds: float, validated: bool) -> dict[str, Any]:
         tokens = size * self.config.data.sequence_length
@@ -170,7 +213,8 @@ class _Run:
         }
         if validated:
             line["valid_loss"] = self.valid_loss
-        return line
+        sound = {name: value for name, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
+        return sound if result.trouble else line
 
     def _validation(self) -> list[TokenTensors]:
         data, trainer, mesh = self.config.data, self.trainer, self.mesh
@@ -181,16 +225,17 @@ class _Run:
             trainer.valid_batches,
             rank=mesh.data_rank,
             world=mesh.data_size,
+            windows=self.packing == "windows",
         )
         size, device = trainer.micro_batch_size, mesh.device.torch_device
-        return [part for batch in batches for part in tensors(batch, size, device, segments=True)]
+        return [part for batch in batches for part in tensors(batch, size, device, segments=self.segments)]
 
     def _validate(self) -> float:
         return self.trainee.evaluate(self.valid, token_losses, masked_sum)[0]
 
     def _save(self) -> None:
         self.state.cursor = self.source.loader.state_dict()
-        self.state.extra = {"valid_loss": self.valid_loss, "seconds": self.seconds}
+        self.state.extra = {"valid_loss": self.valid_loss, "seconds": self.seconds, "health": self.health.state_dict()}
         checkpoint.save(
             self.trainee,
             self.state,
@@ -202,7 +247,8 @@ class _Run:
         )
 
     def finish(self) -> dict[str, Any]:
-        """Close the metrics and say where the result lies."""
+        """Close trace and metrics and say where the result lies."""
+        self.profile.close()
         self.metrics.close()
         final = checkpoint.latest(self.checkpoints)
         if final is None:
@@ -214,3 +260,7 @@ class _Run:
             "seconds": self.seconds,
             "valid_loss": self.valid_loss,
         }
+
+
+def _step_of(held: Path) -> int:
+    return int(held.name.rpartition("-")[2])

@@ -7,7 +7,8 @@
       rng.pt           the generators; reference.pt: RL's reference policy
       manifest.json    sha256 and size of every other file; written last
 
-A folder without a manifest was never finished.
+A folder without a manifest was never finished. Names that start with a dot are on their way in or out; ``damaged-step-*`` is what a
+run found spoilt and passed over.
 """
 
 from __future__ import annotations
@@ -26,10 +27,27 @@ from r1mega.config.train import TUNABLE_MODEL_FIELDS
 MANIFEST = "manifest.json"
 
 
+def finished(folder: str | Path) -> list[Path]:
+    """The finished checkpoints in a run's ``checkpoints`` folder, the oldest first."""
+    found = [path for path in Path(folder).glob("step-*") if (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
 def latest(folder: str | Path) -> Path | None:
     """The newest finished checkpoint in a run's ``checkpoints`` folder; None without one."""
-    finished = [path for path in Path(folder).glob("step-*") if (path / MANIFEST).is_file()]
-    return max(finished, key=lambda path: int(path.name.split("-")[1]), default=None)
+    found = finished(folder)
+    return found[-1] if found else None
+
+
+def latest_readable(folder: str | Path) -> Path | None:
+    """The newest finished checkpoint whose ``state.json`` can be read; None without one. Looks at no tensor."""
+    for path in reversed(finished(folder)):
+        try:
+            read_state(path)
+            return path
+        except UserError:
+            continue
+    return None
 
 
 def resolve(path: str | Path) -> Path:
@@ -74,30 +92,55 @@ def digest(path: str | Path) -> str:
 
 def verify(path: Path) -> None:
     """Check every file of a checkpoint against its manifest. Raises UserError that names the first damaged or missing file."""
-    files = _read(path / MANIFEST).get("files")
-    if not isinstance(files, dict):
-        raise UserError(f"checkpoint {path}: {MANIFEST} lists files; got none; use an older checkpoint")
-    for name, entry in files.items():
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"checkpoint {path}: every file of the manifest is there; {name} is missing; use an older checkpoint")
-        if file.stat().st_size != entry["bytes"]:
-            raise UserError(
-                f"checkpoint {path}: {name} has {entry['bytes']} bytes; got {file.stat().st_size}; use an older checkpoint"
-            )
-        if _sha256(file) != entry["sha256"]:
-            raise UserError(f"checkpoint {path}: {name} matches its hash; got other content; use an older checkpoint")
+    fault = fault_of(path)
+    if fault:
+        raise UserError(f"checkpoint {path}: {fault}; {_older(path)}")
 
 
-def write(folder: Path) -> None:
-    """Flush every file below ``folder`` to disk and write the manifest beside them."""
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+def fault_of(path: Path, part: int = 0, parts: int = 1) -> str:
+    """``rule; got value`` of the first file that is not as the manifest has it, or "". Reads every ``parts``-th file."""
+    try:
+        files = _read(path / MANIFEST).get("files")
+        if not isinstance(files, dict):
+            return f"{MANIFEST} lists files; got none"
+        for name, entry in sorted(files.items())[part::parts]:
+            file = path / name
+            if not file.is_file():
+                return f"every file of the manifest is there; {name} is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {entry['bytes']} bytes; got {file.stat().st_size}"
+            if _sha256(file) != entry["sha256"]:
+                return f"{name} matches its hash; got other content"
+    except UserError:
+        return f"{MANIFEST} is readable JSON; got something else"
+    except (OSError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST} and what it names can be read; got {type(error).__name__} {error}"
+    return ""
+
+
+def _older(path: Path) -> str:
+    """The way out of a damaged checkpoint: the newest whole one before it, where there is one."""
+    for other in reversed(finished(path.parent)):
+        if other.name < path.name and not fault_of(other):
+            return f"use {other}, the one before"
+    return "use an older checkpoint"
+
+
+def hashes(folder: Path, part: int = 0, parts: int = 1) -> dict[str, dict[str, Any]]:
+    """Flush every ``parts``-th file below ``folder`` from ``part`` on to disk; name to size and sha256."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {}
+    for path in paths[part::parts]:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return entries
+
+
+def write(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """Write the manifest of ``entries`` and flush it."""
     with (folder / MANIFEST).open("w") as file:
-        json.dump({"files": files}, file, indent=1)
+        json.dump({"files": dict(sorted(entries.items()))}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,32 +1,33 @@
-"""One metric line a step: appended to ``metrics.jsonl``, shown on TensorBoard and on a progress bar. Rank 0 only."""
+"""One metric line a step: to ``metrics.jsonl``, TensorBoard, a progress bar and, if wanted, Weights & Biases. Rank 0 only."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from r1mega.train.mirror import Mirror
+
 
 class Metrics:
-    """Writer of one run's metrics. ``total``: steps of the run, for the bar; ``done``: steps that an earlier process made.
+    """Writer of one run's metrics. ``total``: steps of the run, for the bar; ``done``: steps that an earlier process made;
+
+    ``config``: the command's dataclass, whose ``log`` says what else gets the lines; None: nothing else.
 
     Lines of steps after ``done`` (a run that was cut off after its last checkpoint) are dropped from the file first, so that a step
     stands once.
     """
 
-    def __init__(self, folder: Path, key: str, total: int, done: int, *, active: bool):
+    def __init__(self, folder: Path, key: str, total: int, done: int, *, active: bool, config: Any = None):
         self.active, self.key = active, key
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        path = folder / "metrics.jsonl"
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(_lines_before(path, key, done)))
-        aside.replace(path)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self._folder = folder
+        self._mirror = Mirror(folder, key, config) if config is not None and config.log.wandb else None
+        self._open(done, keep_events=False)
         self._bar = tqdm(total=total, initial=done, unit=key, dynamic_ncols=True, mininterval=1.0, desc=folder.name)
 
     def log(self, values: dict[str, Any]) -> None:
@@ -35,6 +36,8 @@ class Metrics:
             return
         self._file.write(json.dumps({name: _short(value) for name, value in values.items()}) + "\n")
         self._file.flush()
+        if self._mirror:
+            self._mirror.log(values)
         for name, value in values.items():
             if isinstance(value, int | float) and name != self.key:
                 self._board.add_scalar(name, value, values[self.key])
@@ -42,6 +45,24 @@ class Metrics:
             name: f"{values[name]:.3g}" for name in ("loss", "reward", "accuracy", "tokens_per_second", "mfu") if name in values
         }
         self._bar.set_postfix(shown, refresh=False)
+
+    def event(self, kind: str, step: int, reason: str) -> None:
+        """Append a line ``{"event": kind, key: step, "reason": ...}`` and show it."""
+        if self.active:
+            self._file.write(json.dumps({"event": kind, self.key: step, "reason": reason}) + "\n")
+            self._file.flush()
+            self._bar.write(f"{self.key} {step}: {reason}; {kind}", file=sys.stderr)
+            if self._mirror:
+                self._mirror.log({"event": kind, self.key: step, "reason": reason})
+
+    def rewind(self, done: int) -> None:
+        """The run goes back to step ``done``: later lines are dropped, events stay."""
+        if self.active:
+            self._file.close()
+            self._board.close()
+            self._open(done, keep_events=True)
+            self._bar.n = done
+            self._bar.refresh()
 
     def advance(self, count: int = 1) -> None:
         """Move the bar."""
@@ -54,15 +75,28 @@ class Metrics:
             self._file.close()
             self._board.close()
             self._bar.close()
+            if self._mirror:
+                self._mirror.close()
+
+    def _open(self, done: int, *, keep_events: bool) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = self._folder / "metrics.jsonl"
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(_lines_before(path, self.key, done, keep_events=keep_events)))
+        aside.replace(path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=done + 1)
 
 
-def _lines_before(path: Path, key: str, done: int) -> list[str]:
+def _lines_before(path: Path, key: str, done: int, *, keep_events: bool) -> list[str]:
     if not path.is_file():
         return []
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         try:
-            if json.loads(line)[key] <= done:
+            values = json.loads(line)
+            if values[key] <= done or (keep_events and "event" in values):
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):  # a half line that a killed process left
             continue

@@ -19,7 +19,8 @@ from r1mega.model import names
 from r1mega.model.forward import logits
 from r1mega.train import checkpoint
 from r1mega.train.checkpoint import TrainState
-from r1mega.train.trainee import StepResult, Trainee
+from r1mega.train.memory import watched
+from r1mega.train.trainee import Judge, StepResult, Trainee
 
 
 class HasTokens(Protocol):
@@ -52,10 +53,12 @@ class Policy:
         batches: Sequence[HasTokens],
         objective: Callable[[torch.Tensor, Any], tuple[torch.Tensor, dict[str, float]]],
         lr: float,
+        judge: Judge,
     ) -> StepResult:
         """One optimizer step on the sum of ``objective(logits_BSV, batch)`` over all microbatches of all ranks.
 
-        The objective returns its share of the loss, already normalised for the whole minibatch, and statistics to be added up.
+        The objective returns its share of the loss, already normalised for the whole minibatch, and statistics to be added up. A
+        step that ``judge`` finds wrong is not applied.
         """
         parts = len(batches) * self.mesh.data_size  # Megatron divides by the number of items; one item a microbatch
 
@@ -63,7 +66,7 @@ class Policy:
             value, stats = objective(output, batch)
             return value * parts, 1, {**stats, "objective": float(value.detach())}
 
-        result = self._trainee.step(list(batches), lambda model, batch: logits(model, batch.tokens_BS), loss, lr)
+        result = self._trainee.step(list(batches), lambda model, batch: logits(model, batch.tokens_BS), loss, lr, judge)
         result.loss = result.stats.pop("objective")
         return result
 
@@ -94,9 +97,13 @@ class Policy:
         for name, tensor in self._trainee.named_tensors():
             tensor.copy_(values[name])
 
-    def load(self, path: str | Path, *, weights_only: bool) -> TrainState:
+    def watch_memory(self, out: Path, way_out: str) -> contextlib.AbstractContextManager[None]:
+        """See :func:`r1mega.train.memory.watched`."""
+        return watched(self._trainee, out, way_out)
+
+    def load(self, path: str | Path, *, weights_only: bool, verified: bool = False) -> TrainState:
         """Load a checkpoint; see :func:`r1mega.train.checkpoint.load`. The reference comes back with a full load."""
-        state = checkpoint.load(self._trainee, path, weights_only=weights_only)
+        state = checkpoint.load(self._trainee, path, weights_only=weights_only, verified=verified)
         held = checkpoint.resolve(path) / "reference.pt"
         if not weights_only and held.is_file():
             self._reference = torch.load(held, weights_only=True, map_location=self.mesh.device.torch_device)

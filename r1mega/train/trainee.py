@@ -6,7 +6,6 @@ of a microbatch is a sum; gradients are divided by the sum of the microbatches' 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,24 +14,29 @@ from typing import Any
 import torch
 
 from r1mega.compat import megatron_balance
-from r1mega.config.errors import UserError
 from r1mega.config.model import ModelConfig
 from r1mega.config.train import OptimConfig
 from r1mega.device import DTYPES
 from r1mega.mesh import Mesh
 from r1mega.model.build import build_model, transformer_config
 
+Judge = Callable[[float, float], str]
+"""(loss, gradient norm) to what is wrong with them, or ""; see :meth:`r1mega.train.health.Health.judge`."""
 LossSum = tuple[torch.Tensor, int, dict[str, float]]
 """Sum of a microbatch's losses, how many items it is a sum of, statistics to be added up."""
 
 
 @dataclass
 class StepResult:
-    """What one optimizer step did. Sums and counts are over all ranks; loads are ``[layers][experts]`` shares of assignments."""
+    """What one optimizer step did. Sums and counts are over all ranks; loads are ``[layers][experts]`` shares of assignments.
+
+    ``trouble``: why the step was not applied, or "".
+    """
 
     loss: float
     count: int
     grad_norm: float
+    trouble: str = ""
     stats: dict[str, float] = field(default_factory=dict)
     aux_loss: float = 0.0
     mtp_loss: float = 0.0
@@ -65,6 +69,9 @@ class Trainee:
             self.config.no_sync_func = self.model.no_sync
             self.config.finalize_model_grads_func = self._finalize
         self._counts: list[torch.Tensor] = []
+        self._norm: float | None = None
+        self._trouble = ""
+        self._judged: Callable[[float], str] = lambda norm: ""
 
     def _make_optimizer(self, optim: OptimConfig) -> None:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -83,6 +90,18 @@ class Trainee:
             use_distributed_optimizer=True,
         )
         self.optimizer = get_megatron_optimizer(config, [self.model])
+        # Between the gradient norm and the update stands the judge: both calls are Megatron's own step's.
+        norm, update = self.optimizer.get_grad_norm, self.optimizer.step_with_ready_grads
+
+        def noted_norm():
+            self._norm = norm()
+            return self._norm
+
+        def update_if_sound() -> bool:
+            self._trouble = self._judged(float(self._norm or 0.0))
+            return False if self._trouble else update()
+
+        self.optimizer.get_grad_norm, self.optimizer.step_with_ready_grads = noted_norm, update_if_sound
 
     def allocate_moments(self) -> None:
         """Give a fresh torch optimizer its (zero) moments: Megatron loads a checkpoint into moments that are there."""
@@ -109,6 +128,9 @@ class Trainee:
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Parameters and expert biases by Megatron's names, without gradients."""
         yield from ((name, parameter.detach()) for name, parameter in self.module.named_parameters())
+        yield from self._expert_biases()
+
+    def _expert_biases(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from (
             (name, buffer) for name, buffer in self.module.named_buffers() if name.endswith("expert_bias") and buffer is not None
         )
@@ -119,27 +141,33 @@ class Trainee:
         forward: Callable[[torch.nn.Module, Any], Any],
         loss: Callable[[Any, Any], LossSum],
         lr: float,
-    ):
+        judge: Judge,
+    ) -> StepResult:
         """One optimizer step over this rank's microbatches.
 
-        ``forward(model, batch)`` gives the model's output; ``loss(output, batch)`` its :data:`LossSum`. Raises UserError, on all
-        ranks together, for a loss or a gradient that is not finite; the weights are spoilt then, and nothing of them is saved.
+        ``forward(model, batch)`` gives the model's output; ``loss(output, batch)`` its :data:`LossSum`. Where ``judge`` finds
+        something wrong, on any rank, no rank applies the step: weights, moments and expert biases stay as they were.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        biases = [(bias, bias.clone()) for _, bias in self._expert_biases()]  # updated with the gradients, before the judgement
         total, count, stats = self._run(microbatches, forward, loss, forward_only=False)
-        _, grad_norm, _ = self.optimizer.step()
-        mean, norm = total / max(count, 1), float(grad_norm or 0.0)
-        if not (math.isfinite(mean) and math.isfinite(norm)):
-            raise UserError(
-                f"training: loss and gradient norm are finite; got {mean} and {norm}; lower optim.lr or set optim.clip_grad; the "
-                "same command goes on from the last checkpoint"
-            )
+        mean = total / max(count, 1)
+        self._judged = lambda norm: self._agreed(judge(mean, norm))
+        self.optimizer.step()
+        if self._trouble:
+            for bias, before in biases:
+                bias.copy_(before)
         aux, mtp = self._side_losses(len(microbatches))
-        return StepResult(mean, count, norm, stats, aux, mtp, self._take_load())
+        return StepResult(mean, count, float(self._norm or 0.0), self._trouble, stats, aux, mtp, self._take_load())
+
+    def _agreed(self, trouble: str) -> str:
+        """This rank's finding, or, where only another rank has one, that."""
+        anywhere = self.mesh.any(bool(trouble))
+        return trouble or ("another rank found a trouble" if anywhere else "")
 
     def evaluate(self, microbatches: list[Any], forward: Callable, loss: Callable[[Any, Any], LossSum]) -> tuple[float, int]:
         """Mean loss and item count of this rank's microbatches over all ranks, without gradients."""

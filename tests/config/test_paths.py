@@ -54,6 +54,7 @@ def test_whole_inputs_pass(tmp_path) -> None:
     assert pretrain(text, f"data.valid={text}", f"tokenizer={tokenizer(tmp_path / 'tok', 500, 12)}") == []
     assert lines("sft", init, f"data.train={{{samples}:1}}", "trainer.steps=5") == []
     assert lines("rl", init, problems, "rl.rollouts=1") == []
+    assert lines("rl", init, f"data.problems={tmp_path}", "rl.rollouts=1") == [], "a folder with a file of records"
     assert lines("prepare", f"text=[stdlib,{tmp_path}/p.jsonl,{tmp_path}]") == []
     check_paths(composition("report", [f"run={tmp_path}"]).config)
 
@@ -116,13 +117,17 @@ def test_absent_and_empty_inputs_name_what_is_near(tmp_path) -> None:
     assert "an empty folder" in lines("export", f"checkpoint={tmp_path}/checkpoints")[0]
     assert "got a file" in lines("export", f"checkpoint={tmp_path}/problems.jsonl")[0]
     assert "an empty file" in lines("eval", f"checkpoint={tmp_path}", f"data.problems={tmp_path}/problems.jsonl")[0]
-    assert "got a folder" in lines("eval", f"checkpoint={tmp_path}", f"data.problems={tmp_path}")[0]
+    assert "a folder " in lines("eval", f"checkpoint={tmp_path}", f"data.problems={tmp_path}/checkpoints")[0]
     assert lines("report", "run=no/such/run")[0].startswith("run: a run's folder; got no such path no/such/run; ")
 
 
 def test_prepare_names_its_sources(tmp_path) -> None:
     found = lines("prepare", f"text=[stdlib,{tmp_path}/no.txt]", "problems.mine.kind=jsonl", f"sft_from={tmp_path}/no.jsonl")
     assert [line.partition(":")[0] for line in found] == ["text", "problems.mine.path", "sft_from"]
+    assert lines("prepare", "problems.mine.path=x.jsonl", "problems.mine.num_train=1") == [
+        "problems.mine.kind: file, since problems.mine.path is x.jsonl; got reasoning_gym; use problems.mine.kind=file, "
+        "or problems.mine.path=null"
+    ]
 
 
 def test_all_faults_come_in_one_error(tmp_path) -> None:

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from r1mega.testing.contracts import check_reward
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -42,21 +46,47 @@ def test_pretrain_your_text_leaves_a_model_that_stock_transformers_loads(tmp_pat
     assert model(ids).logits.shape == (1, ids.shape[1], 400)
 
 
-def test_rl_your_jsonl_trains_on_the_files_problems_and_judges_the_held_out_ones(tmp_path) -> None:
-    run_example("rl_your_jsonl", tmp_path / "out")
+@pytest.fixture(scope="module")
+def rl_your_jsonl(tmp_path_factory) -> Path:
+    """The output of examples/rl_your_jsonl, which examples/add_a_reward starts from."""
+    out = tmp_path_factory.mktemp("rl_your_jsonl") / "out"
+    run_example("rl_your_jsonl", out)
+    return out
+
+
+def test_rl_your_jsonl_trains_on_the_files_problems_and_judges_the_held_out_ones(rl_your_jsonl) -> None:
     given = (ROOT / "examples" / "rl_your_jsonl" / "problems.jsonl").read_text().splitlines()
     parts = {
-        part: [json.loads(line)["question"] for line in (tmp_path / "out" / "data" / "problems" / f"{part}.jsonl").open()]
+        part: [json.loads(line)["question"] for line in (rl_your_jsonl / "data" / "problems" / f"{part}.jsonl").open()]
         for part in ("train", "test")
     }
     assert len(parts["test"]) == 20 and not set(parts["test"]) & set(parts["train"])
     assert sorted(parts["train"] + parts["test"]) == sorted(json.loads(line)["question"] for line in given)
 
-    rollouts = metrics(tmp_path / "out" / "rl")
+    rollouts = metrics(rl_your_jsonl / "rl")
     assert [line["rollout"] for line in rollouts] == list(range(1, 11))
     assert all(line["rollout_diff_max"] < 1e-4 for line in rollouts)
     assert max(line["reward_std"] for line in rollouts) > 0, "no group differed: there was nothing to learn from"
 
-    judged = json.loads((tmp_path / "out" / "eval" / "eval.json").read_text())
+    judged = json.loads((rl_your_jsonl / "eval" / "eval.json").read_text())
     assert (judged["num_problems"], judged["samples"]) == (20, 4)
     assert {example["question"] for example in judged["examples"]} == set(parts["test"])
+
+
+def test_add_a_reward_counts_a_reward_from_outside_the_package(rl_your_jsonl, tmp_path, monkeypatch) -> None:
+    run_example("add_a_reward", tmp_path / "out", rl_your_jsonl)
+    lines = metrics(tmp_path / "out" / "rl")
+    assert [line["rollout"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert 0 < line["my_reward.Brief"] < line["format"], "a share for responses of the asked-for form"
+        assert abs(line["reward"] - (line["accuracy"] + line["format"] + 0.5 * line["my_reward.Brief"])) < 1e-4
+        assert line["reward_failed"] == 0
+    assert not (tmp_path / "out" / "rl" / "reward_failures.jsonl").exists()
+
+    folder = ROOT / "examples" / "add_a_reward"
+    monkeypatch.syspath_prepend(folder)
+    from my_reward import Brief
+
+    check_reward(Brief())
+    code = (folder / "my_reward.py").read_text().partition("\n\n")[2].strip()
+    assert code in (folder / "README.md").read_text(), "the README shows the file"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
 import shutil
+import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from r1mega.config.errors import UserError
+from r1mega.config.errors import Stopped, UserError
 from r1mega.config.rl import ProblemDataConfig, RewardConfig, RlConfig, RolloutConfig
 from r1mega.config.run import ParallelConfig, SamplingConfig
 from r1mega.mesh import close_mesh
@@ -115,6 +118,55 @@ def test_two_rollouts(place: Path, straight) -> None:
     assert "output_layer.weight" in moved and any("experts" in name for name in moved)
     state = checkpoint.read_state(latest(place / "straight/checkpoints"))
     assert state["parent"] == checkpoint.digest(place / "seed") and state["cursor"]["consumed"] == 4
+
+
+def test_a_run_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(place: Path, straight, digits, tmp_path, monkeypatch) -> None:
+    true = RlLoop.score
+
+    def signalled(self, rows):
+        monkeypatch.setattr(RlLoop, "score", true)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return true(self, rows)
+
+    monkeypatch.setattr(RlLoop, "score", signalled)
+    with pytest.raises(Stopped, match="stopped: SIGTERM came, rollout 1 of 2 is saved; the same command goes on from there"):
+        rl(config(place, tmp_path / "run", save_every=0))
+    assert [line["rollout"] for line in lines(tmp_path / "run")] == [1]
+    rl(config(place, tmp_path / "run", save_every=0))
+    left, right = (stored(latest(run / "checkpoints")) for run in (place / "straight", tmp_path / "run"))
+    assert left.keys() == right.keys() and not [name for name in left if not torch.equal(left[name], right[name])]
+
+
+@pytest.mark.parametrize("on_spike", ["skip", "rollback", "stop"])
+def test_an_update_that_is_not_finite(place: Path, digits, tmp_path, monkeypatch, on_spike: str) -> None:
+    """The second rollout's first update is spoilt."""
+    true, calls = GrpoLoss.build, iter(range(1_000))
+
+    def build(self):
+        loss = true(self)
+
+        def spoilt(*args, **kwargs):
+            value, stats = loss(*args, **kwargs)
+            return (value * float("nan") if next(calls) == 4 else value), stats  # two microbatches an update, two updates a rollout
+
+        return spoilt
+
+    monkeypatch.setattr(GrpoLoss, "build", build)
+    run = config(place, tmp_path / "run", on_spike=on_spike, micro_batch_size=2)
+    if on_spike == "stop":
+        with pytest.raises(
+            UserError, match="training: sound updates with rl.on_spike=stop; got loss nan .* in rollout 2; lower optim.lr"
+        ):
+            rl(run)
+        return
+    result = rl(run)
+    told = lines(tmp_path / "run")
+    assert [line["rollout"] for line in told] == [1, 2, 2] and result["rollouts"] == 2 and result["updates"] == 4
+    assert told[1]["event"] == ("1 of its updates skipped" if on_spike == "skip" else "rolled back to rollout 1")
+    assert "loss nan" in told[1]["reason"] and all(math.isfinite(told[2][name]) for name in ("loss", "grad_norm", "entropy", "kl"))
+    cursor = checkpoint.read_state(latest(tmp_path / "run/checkpoints"))["cursor"]
+    assert cursor["consumed"] == (4 if on_spike == "skip" else 6), "after a roll-back the prompts are others"
+    assert all(torch.isfinite(value).all() for value in stored(latest(tmp_path / "run/checkpoints")).values())
 
 
 def test_a_run_that_is_cut_off_goes_on_bit_for_bit(place: Path, straight, digits, monkeypatch) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from r1mega.train.checkpoint import TrainState
 from r1mega.train.manifest import check_same_command
 from r1mega.train.pretrain import pretrain
 from r1mega.train.trainee import Trainee
-from tests.train.cases import MODEL, OPTIM, one_rank, pretrain_config
+from tests.train.cases import MODEL, OPTIM, lines, one_rank, pretrain_config, stored
 
 
 @pytest.fixture
@@ -126,12 +129,20 @@ def test_a_save_that_is_cut_off_leaves_the_old_one(train_data: Path, tmp_path: P
     pretrain(pretrain_config(train_data, out, 1))
     digest = checkpoint.digest(out)
 
-    def cut(folder: Path) -> None:
-        raise OSError("no space left")
+    def cut(folder: Path, entries: dict) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(
+            UserError,
+            match=r"checkpoint .*: the disk takes what is saved; got No space left on device with .* GiB free; make room and run the "
+            "same command, step-00000001 is whole and it goes on from there",
+        ),
+    ):
         patch.setattr("r1mega.train.manifest.write", cut)
         pretrain(pretrain_config(train_data, out, 2))
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000001"], "the disk has its room back"
     assert checkpoint.digest(out) == digest
     checkpoint.verify(checkpoint.resolve(out))
     assert pretrain(pretrain_config(train_data, out, 2))["steps"] == 2
@@ -171,6 +182,110 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(train_data: Pa
         return (losses * float("nan")).sum(), 1, {}
 
     monkeypatch.setattr("r1mega.train.fit.masked_sum", spoilt)
-    with pytest.raises(UserError, match="loss and gradient norm are finite; got nan"):
-        pretrain(pretrain_config(train_data, tmp_path / "run", 1))
+    with pytest.raises(UserError, match="training: sound losses with trainer.on_spike=stop; got loss nan"):
+        pretrain(pretrain_config(train_data, tmp_path / "run", 1, on_spike="stop"))
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") is None
+
+
+@pytest.mark.parametrize("bytes_left", [0, 60_000, 150_000])
+def test_a_file_system_that_refuses_leaves_the_last_checkpoint(train_data: Path, tmp_path: Path, bytes_left: int) -> None:
+    """A real refusal while tensors are written (a limit on file sizes), in Megatron's writer and in ours."""
+    out = tmp_path / "run"
+    pretrain(pretrain_config(train_data, out, 1))
+    digest = checkpoint.digest(out)
+    config = pretrain_config(train_data, out, 2)
+    mesh_is_open_before_the_limit = one_rank()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    metrics = (out / "metrics.jsonl").stat().st_size + 8192  # metrics and config are written first
+    resource.setrlimit(resource.RLIMIT_FSIZE, (metrics + bytes_left, before[1]))
+    try:
+        with pytest.raises(
+            UserError, match="got (File too large|.*unexpected pos).* GiB free; .*step-00000001 is whole and it goes on"
+        ):
+            pretrain(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert mesh_is_open_before_the_limit and checkpoint.digest(out) == digest
+    assert pretrain(config)["steps"] == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 3 MiB of its own, where this machine lets us make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", folder], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_room_mends_it(train_data: Path, small_disk: Path) -> None:
+    out = small_disk / "run"
+    pretrain(pretrain_config(train_data, out, 1))
+    size = sum(file.stat().st_size for file in checkpoint.resolve(out).rglob("*") if file.is_file())
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - size // 2))
+    digest = checkpoint.digest(out)
+    with pytest.raises(UserError, match="got No space left on device .* step-00000001 is whole"):
+        pretrain(pretrain_config(train_data, out, 2))
+    assert checkpoint.digest(out) == digest and not list((out / "checkpoints").glob(".step*"))
+    filler.unlink()
+    assert pretrain(pretrain_config(train_data, out, 2))["steps"] == 2
+
+
+@pytest.fixture
+def three(train_data: Path, tmp_path: Path) -> Path:
+    """A finished run with three checkpoints."""
+    out = tmp_path / "run"
+    pretrain(pretrain_config(train_data, out, 3, save_every=1, keep_last=3))
+    return out
+
+
+@pytest.mark.parametrize("part", ["weights", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(train_data: Path, three: Path, damage, part: str, capfd) -> None:
+    newest = checkpoint.resolve(three)
+    wanted = {name: tensor.clone() for name, tensor in stored(newest).items()}
+    damage(weights(newest) if part == "weights" else newest / part)
+    gone = damage is Path.unlink and part == "manifest.json"  # without a manifest it was never finished
+    config = pretrain_config(train_data, three, 3, save_every=1, keep_last=3)
+    assert pretrain(config)["steps"] == 3
+    told = capfd.readouterr().err
+    assert gone or (f"checkpoint {newest}: " in told and "going on from step-00000002" in told)
+    assert [line["step"] for line in lines(three)] == [1, 2, 3]
+    again = stored(checkpoint.resolve(three))
+    assert again.keys() == wanted.keys() and all(torch.equal(again[name], wanted[name]) for name in wanted)
+    names = sorted(path.name for path in (three / "checkpoints").iterdir())
+    assert names == [*([] if gone else ["damaged-step-00000003"]), "step-00000001", "step-00000002", "step-00000003"]
+
+
+def test_two_damaged_ones_are_passed_over_and_all_damaged_ones_end_the_run(train_data: Path, three: Path, capfd) -> None:
+    folders = checkpoint.manifest.finished(three / "checkpoints")
+    flip(weights(folders[2]))
+    truncate(folders[1] / "rng.pt")
+    config = pretrain_config(train_data, three, 3, save_every=1, keep_last=3)
+    assert pretrain(config)["steps"] == 3
+    assert capfd.readouterr().err.count("going on from step-00000001") == 2
+    for folder in checkpoint.manifest.finished(three / "checkpoints"):
+        truncate(folder / "rng.pt")
+    with pytest.raises(
+        UserError, match=r"checkpoints .*: one at least is whole; got step-00000003: rng.pt has .*remove the folder"
+    ):
+        pretrain(config)
+    assert len(checkpoint.manifest.finished(three / "checkpoints")) == 3, "nothing is moved where nothing helps"
+
+
+def test_a_damaged_checkpoint_to_start_from_names_the_one_before(three: Path) -> None:
+    folders = checkpoint.manifest.finished(three / "checkpoints")
+    flip(weights(folders[2]))
+    with pytest.raises(UserError, match=rf"matches its hash; got other content; use {folders[1]}, the one before$"):
+        checkpoint.load(fresh(), three, weights_only=True)
+
+
+def test_what_a_kill_left_behind_goes(train_data: Path, three: Path) -> None:
+    rest = three / "checkpoints"
+    for name in (".step-00000007.tmp", ".step-00000001.old"):
+        shutil.copytree(checkpoint.resolve(three), rest / name)
+    assert pretrain(pretrain_config(train_data, three, 3, save_every=1, keep_last=3))["steps"] == 3
+    assert sorted(path.name for path in rest.iterdir()) == ["step-00000001", "step-00000002", "step-00000003"]

@@ -22,6 +22,11 @@ from tests.train.cases import LENGTH, MODEL, OPTIM, lines, one_rank, pretrain_co
 TIMED = {"tokens_per_second", "mfu", "step_seconds", "peak_gib"}
 
 
+def sound(loss: float, grad_norm: float) -> str:
+    """A judge that finds nothing wrong."""
+    return ""
+
+
 class CutOff(Exception):
     """The process is gone."""
 
@@ -104,10 +109,10 @@ def test_a_prompt_alone_teaches_nothing() -> None:
     trainee = Trainee(replace(MODEL, seq_aux_loss_coef=0.0), OPTIM, one_rank(), "fp32")
     tokens = torch.randint(0, MODEL.vocab_size, (2, 12))
     silent = TokenTensors(tokens, tokens.roll(-1, 1), torch.zeros(2, 12), torch.ones(2, 12, dtype=torch.int32))
-    result = trainee.step([silent, silent], token_losses, fit.masked_sum, 1e-3)
+    result = trainee.step([silent, silent], token_losses, fit.masked_sum, 1e-3, sound)
     assert (result.grad_norm, result.loss, result.count) == (0.0, 0.0, 0)
     spoken = replace(silent, loss_mask_BS=torch.tensor([[0.0] * 6 + [1.0] * 6, [0.0] * 12]))
-    result = trainee.step([spoken, silent], token_losses, fit.masked_sum, 0.0)
+    result = trainee.step([spoken, silent], token_losses, fit.masked_sum, 0.0, sound)
     assert result.grad_norm > 0 and result.count == 6
     # the labels of a prompt do not matter, those of an answer do
     prompt, answer = tokens.roll(-1, 1), tokens.roll(-1, 1)
@@ -115,7 +120,8 @@ def test_a_prompt_alone_teaches_nothing() -> None:
     answer[0, 8] = (answer[0, 8] + 1) % MODEL.vocab_size
     prompt %= MODEL.vocab_size
     same, other = (
-        trainee.step([replace(spoken, labels_BS=labels), silent], token_losses, fit.masked_sum, 0.0) for labels in (prompt, answer)
+        trainee.step([replace(spoken, labels_BS=labels), silent], token_losses, fit.masked_sum, 0.0, sound)
+        for labels in (prompt, answer)
     )
     assert same.loss == result.loss and other.loss != result.loss
 
@@ -133,7 +139,7 @@ def test_the_step_is_the_same_however_rows_are_cut(train_data: Path, kind: str, 
         assert len(parts) == 6 // size and torch.equal(
             torch.cat([part.tokens_BS for part in parts]), torch.from_numpy(batch.tokens_BS)
         )
-        seen[size] = trainee.step(parts, token_losses, fit.masked_sum, 1e-3), dict(trainee.named_tensors())
+        seen[size] = trainee.step(parts, token_losses, fit.masked_sum, 1e-3, sound), dict(trainee.named_tensors())
     whole, weights = seen.pop(6)
     assert whole.count == int(batch.loss_mask_BS.sum())
     for result, others in seen.values():
