@@ -12,12 +12,14 @@ import os
 import pickle
 import tempfile
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from r1mega import provenance
 from r1mega.config import rules
-from r1mega.config.errors import UserError
+from r1mega.config.environment import check_ranks
+from r1mega.config.errors import UserError, nearest
 from r1mega.config.paths import check_paths
 from r1mega.config.rl import ProblemDataConfig
 from r1mega.config.run import ComputeConfig
@@ -105,6 +107,7 @@ def checked(command: str, overrides: Iterable[str] | Any = ()) -> tuple[Any, tup
 def _viewed(command: str, overrides: Iterable[str] | Any, *, begin: bool) -> tuple[View, tuple[str, ...] | None, dict[str, str]]:
     """As :func:`checked`, with the config's view. ``begin``: what a run at a URL goes on from is fetched and checked too."""
     cls = schema(command)
+    check_ranks()
     from r1mega.config.compose import composition, resolved
 
     if dataclasses.is_dataclass(overrides):
@@ -132,7 +135,14 @@ def _check_problems(config: Any) -> None:
     if isinstance(getattr(config, "data", None), ProblemDataConfig):
         from r1mega.data.problems import load_problems
 
-        load_problems(config.data.problems, limit=config.data.limit)
+        problems = load_problems(config.data.problems, limit=config.data.limit)
+        sources = {problem.source for problem in problems}
+        for pattern in config.reward.by_source:
+            if not any(fnmatchcase(source, pattern) for source in sources):
+                raise UserError(
+                    f"reward.by_source: a pattern matches the source of a problem; got {pattern!r}, which matches none; "
+                    f"{nearest(pattern, sources)}the sources are {', '.join(sorted(sources)[:5])}"
+                )
 
 
 def _check_checkpoints(command: str, config: Any) -> None:

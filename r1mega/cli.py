@@ -37,10 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
         return USER_ERROR
     except OSError as error:  # a folder that cannot be written, a disk that is full: nothing that a traceback explains better
+        if error.errno is None or isinstance(error, ConnectionError):
+            raise  # not a file's: a library's own, a socket's
         if _wants_traceback(arguments):
             traceback.print_exc()
         else:
-            print(f"files: {error.filename or 'the disk'} can be read and written; got {error.strerror}; mend it", file=sys.stderr)
+            where, got = error.filename or "disk", error.strerror or str(error) or type(error).__name__
+            print(f"{where}: can be read and written; got {got}; give another path, or make room or rights there", file=sys.stderr)
         return USER_ERROR
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -64,7 +67,8 @@ def _main(arguments: list[str]) -> int:
         folder = Path(flags["config_dir"]).resolve()
         if not folder.is_dir():
             raise UserError(f"--config-dir: a folder of YAML files; got {flags['config_dir']!r}; check the path")
-        overrides.append(f"hydra.searchpath=['file://{folder}']")
+        quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+        overrides.append(f"hydra.searchpath=['file://{quoted}']")
     if "multirun" in flags:
         return _sweep(command, overrides, flags)
     if "cfg" in flags:
@@ -73,8 +77,10 @@ def _main(arguments: list[str]) -> int:
         from r1mega.doctor.report import main as doctor_status
 
         return doctor_status(overrides)
+    from r1mega.config.environment import check_ranks
     from r1mega.launch.local import LaunchError
 
+    check_ranks(meeting=True)
     try:
         run(command, overrides)
     except LaunchError as error:
@@ -108,8 +114,8 @@ def _flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         name = names[flag]
         if name in ("config_dir", "cfg") and not equals:
             value = next(waiting, "")
-            if not value:
-                raise UserError(f"{flag}: a flag with a value; got none; write {flag} {'DIR' if name == 'config_dir' else 'job'}")
+        if name in ("config_dir", "cfg") and not value:
+            raise UserError(f"{flag}: a flag with a value; got none; write {flag} {'DIR' if name == 'config_dir' else 'job'}")
         flags[name] = value
     if flags.get("cfg", "job") != "job":
         raise UserError(f"--cfg: job, the config of the command; got {flags['cfg']!r}; write --cfg job")

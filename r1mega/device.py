@@ -144,7 +144,9 @@ def peak_tflops(device: Device, dtype: torch.dtype) -> float:
     import time
 
     size = 512 if device.is_cpu else 8192
-    left, right = (torch.randn(size, size, device=device.torch_device, dtype=dtype) for _ in range(2))
+    # from a generator of its own: the run's own goes on from where a checkpoint left it
+    generator = torch.Generator(device.torch_device).manual_seed(0)
+    left, right = (torch.randn(size, size, device=device.torch_device, dtype=dtype, generator=generator) for _ in range(2))
     best = float("inf")
     for _ in range(30 if device.is_cpu else 8):  # the best of many: other work on the cores only slows single ones
         device.synchronize()

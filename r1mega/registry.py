@@ -59,12 +59,14 @@ def lookup(kind: str, name: str) -> type:
     """The choice ``name`` of ``kind``; a dotted name is imported. Raises UserError that names the nearest choice."""
     if "." in name:
         module, _, attribute = name.rpartition(".")
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise UserError(f"{kind}: a dotted choice is MODULE.CLASS; got {name!r}; write {kind}=MODULE.CLASS")
         try:
             return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(
-                f"{kind}: a dotted choice is imported; got {name!r} ({error}); check PYTHONPATH and the name"
-            ) from error
+        except Exception as error:  # whatever a module of somebody else's raises
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = said if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {said}"
+            raise UserError(f"{kind}: a dotted choice is imported; got {name!r} ({said}); check PYTHONPATH and the name") from error
     known = choices(kind)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)

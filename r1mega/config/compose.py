@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -178,8 +179,13 @@ def _wording(request: Request) -> Iterator[None]:
         cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
         said = [line.strip() for line in str(cause or error).splitlines()]
         named = [line.removeprefix("full_key: ") for line in said if line.startswith("full_key: ")]
-        path = getattr(cause, "full_key", None) or (named[0] if named else None)
+        path = re.sub(r"\[\d+\]", "", getattr(cause, "full_key", None) or (named[0] if named else ""))
         detail = said[1] if named and said[0].endswith("composing config:") else said[0]
+        if taken := _TAKEN.search(detail):
+            raise UserError(f"{taken[1]}: a key that is there; got it with +; write {taken[1]}=VALUE, without +") from error
+        if not path and (file := _FILE.search(detail)):
+            got = " ".join(filter(None, said[:2])).removeprefix(file[0])
+            raise UserError(f"{file[1]}.yaml: a mapping of its group's keys; got {got}; correct that file") from error
         if not path:
             raise UserError(f"config: Hydra composes it; got {detail}; check the YAML files, debug=true shows where") from error
         if find(request.cls, path, request.chosen) is None:
@@ -187,7 +193,27 @@ def _wording(request: Request) -> Iterator[None]:
             raise UserError(
                 f"{path}: no such key of {request.command}; got {detail}; {hint}see r1mega {request.command} --help"
             ) from error
+        if "is not in struct" in detail:
+            raise UserError(f"{path}: a key that is there; got no such one; write +{path}=VALUE to add it") from error
         raise UserError(type_problem(path, request, detail)) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_undecodable(request)}: YAML files are UTF-8; got {error.reason}; save it as UTF-8") from error
+
+
+_TAKEN = re.compile(r"An item is already at '([^']+)'")
+_FILE = re.compile(r"In '([^']+)': ")
+
+
+def _undecodable(request: Request) -> str:
+    """The file of a chosen option that is not UTF-8."""
+    for group, option in request.groups.items():
+        for folder in request.folders:
+            path = folder / group / f"{option}.yaml"
+            try:
+                path.is_file() and path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                return str(path)
+    return "config"
 
 
 def save_config(

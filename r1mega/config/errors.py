@@ -31,10 +31,20 @@ class Violation:
     hint: str = ""
 
     def __str__(self) -> str:
+        got = shown(self.got)
         uses = ", or ".join(f"{key}={either(values)}" for key, values in self.fixes if values)
-        return (
-            f"{self.where}: {self.rule}; got {self.got}; {', '.join(part for part in (uses and f'use {uses}', self.hint) if part)}"
-        )
+        ways = ", ".join(part for part in (uses and f"use {uses}", self.hint) if part)
+        return f"{self.where}: {self.rule}; got {got}; {ways}".replace("\n", "\\n")
+
+
+LONGEST_VALUE = 300
+
+
+def shown(value: Any) -> str:
+    """``value`` as an error shows it: quoted where it is empty or has more than one line, cut where it is long."""
+    text = str(value)
+    text = repr(text) if not text.strip() or len(text.splitlines()) > 1 else text
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}... ({len(text)} characters)"
 
 
 def either(values: Iterable[Any]) -> str:

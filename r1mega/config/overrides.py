@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
 from r1mega import registry
-from r1mega.config.errors import UserError, nearest
+from r1mega.config.errors import UserError, nearest, shown
 from r1mega.config.groups import default_groups, options
 from r1mega.config.schema import WORDS, Key, find, kinds, nearest_key, plain_type, schema
 
@@ -35,7 +36,8 @@ MOST_JOBS = 1000
 class Request:
     """Arguments that fit the schema. ``groups``: group to option; ``chosen``: kind to the class of its choice;
 
-    ``entries``: (mapping's path, entry's name) of entries that the arguments create (``problems.NAME.dataset=...``).
+    ``entries``: (mapping's path, entry's name) of entries that the arguments create (``problems.NAME.dataset=...``);
+    ``folders``: where groups' YAML files lie.
     """
 
     command: str
@@ -44,6 +46,7 @@ class Request:
     groups: dict[str, str]
     chosen: dict[str, type]
     entries: tuple[tuple[str, str], ...]
+    folders: tuple[Path, ...] = ()
 
 
 def read(command: str, arguments: Iterable[str], config_dir: Path) -> Request:
@@ -84,7 +87,7 @@ def read(command: str, arguments: Iterable[str], config_dir: Path) -> Request:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    return Request(command, cls, arguments, groups, chosen, tuple(entries))
+    return Request(command, cls, arguments, groups, chosen, tuple(entries), tuple(folders))
 
 
 def _gathered(command: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -143,7 +146,10 @@ def _values(cls: type, override: Override, folders: Sequence[Path]) -> list[str]
     if isinstance(value, Glob):
         texts = value.filter(options(cls, key, folders))
     else:
-        texts = list(itertools.islice(override.sweep_string_iterator(), MOST_JOBS + 1))
+        try:
+            texts = list(itertools.islice(override.sweep_string_iterator(), MOST_JOBS + 1))
+        except ValueError as error:
+            raise UserError(f"{key}: values of a sweep; got {given} ({error}); write {key}=a,b") from error
     if not texts:
         raise UserError(f"{key}: at least one value of a sweep; got {given}, which has none; write {key}=a,b")
     return [f"{override.get_key_element()}={text}" for text in texts]
@@ -154,8 +160,24 @@ def search_folders(parsed: Iterable[Override]) -> list[Path]:
     found = []
     for override in parsed:
         if override.key_or_group == SEARCH_PATH:
-            found += [Path(str(item).removeprefix("file://")) for item in override.value()]
+            value = override.value()
+            folders = [Path(str(item).removeprefix("file://")) for item in value] if isinstance(value, list) else [Path()]
+            if not isinstance(value, list) or not all(folder.is_dir() for folder in folders):
+                got = override.input_line.partition("=")[2]
+                raise UserError(f"{SEARCH_PATH}: a list of folders; got {got}; leave it out and give --config-dir DIR")
+            found += folders
     return found
+
+
+_KEY = re.compile(r"[A-Za-z_][\w-]*([./][\w-]+)*([@:].*)?", re.ASCII)
+"""A key, or a group with Hydra's package behind it, in Hydra's grammar."""
+
+_WAYS = {
+    "": "{key}=VALUE, a text with signs as {key}='\"...\"'",
+    "[": "{key}=[A,B], texts with signs in quotes",
+    "{": "{key}={A: 1}, texts with signs in quotes, names without",
+}
+"""First sign of a value to how such a value is written."""
 
 
 def _parse(argument: Any, *, may_sweep: bool = False) -> Override:
@@ -165,13 +187,18 @@ def _parse(argument: Any, *, may_sweep: bool = False) -> Override:
             f"arguments: group=choice or key=value; got {argument!r}; the only flags are --help, --config-dir DIR, --cfg job, -m"
         )
     if "=" not in argument and not argument.startswith("~"):
-        raise UserError(f"arguments: group=choice or key=value, nothing positional; got {argument!r}; write key={argument}")
+        raise UserError(
+            f"arguments: group=choice or key=value, nothing positional; got {shown(repr(argument))}; write key={shown(argument)}"
+        )
     key = argument.partition("=")[0].lstrip("+~")
+    if not _KEY.fullmatch(key):
+        raise UserError(f"arguments: a key of letters, digits, _ and dots; got {shown(repr(argument))}; write KEY=VALUE")
     try:
         override = OverridesParser.create().parse_override(argument)
-    except HydraException as error:
-        got = f"{argument!r} ({str(error).splitlines()[0]})"
-        raise UserError(f"{key}: a value in Hydra's grammar; got {got}; quote it: {key}='\"...\"'") from error
+    except (HydraException, ValueError) as error:  # ValueError: a number of some thousand digits
+        said = str(error).splitlines()[0].partition(" expecting ")[0]
+        way = _WAYS.get(argument.partition("=")[2][:1], _WAYS[""]).replace("{key}", key)
+        raise UserError(f"{key}: a value in Hydra's grammar; got {shown(repr(argument))} ({shown(said)}); write {way}") from error
     if override.is_sweep_override() and not may_sweep:
         way = f"for a list write {key}=[a,b], for text with a comma quote it, for a run with each value add -m"
         raise UserError(f"{key}: one value; got {argument.partition('=')[2]!r}; {way}")
@@ -233,8 +260,8 @@ def _check_key(command: str, cls: type, override: Override, chosen: Mapping[str,
 def type_problem(path: str, request: Request, detail: str) -> str:
     """One line for a value of the wrong type at ``path``; ``detail``: what Hydra says, used where no argument gave the value."""
     key = find(request.cls, path, request.chosen)
-    given = [argument.partition("=")[2] for argument in request.arguments if _covers(argument, path)]
-    got = repr(given[-1]) if given else detail
+    given = [argument.partition("=")[2] for argument in request.arguments if _covers(argument, path, request.groups)]
+    got = shown(repr(given[-1])) if given else detail
     if key is None:
         return f"{path}: a value of the right type; got {got}; see r1mega {request.command} --help"
     return _type_line(path, key, got)
@@ -248,9 +275,10 @@ def _type_line(path: str, key: Key, got: str) -> str:
     return f"{path}: {words}{unit}; got {got}; {_example(path, key)}"
 
 
-def _covers(argument: str, path: str) -> bool:
+def _covers(argument: str, path: str, groups: Mapping[str, str]) -> bool:
+    """True where ``argument`` gives the value at ``path``; a group's file gives its own."""
     name = argument.partition("=")[0].lstrip("+")
-    return path == name or path.startswith(name + ".")
+    return name not in groups and (path == name or path.startswith(name + "."))
 
 
 def _example(path: str, key: Key) -> str:
@@ -259,11 +287,15 @@ def _example(path: str, key: Key) -> str:
     if key.cls is not None:
         return f"give its keys, {path}.KEY=value"
     if base is dict:
-        return f"write {key.path}={{name:value}}" if path == key.path else f"write {path}=1"
+        return (
+            f"write {key.path}={{name:value}}"
+            if path == key.path
+            else f"write {key.path}={{{path.removeprefix(key.path + '.')}: 1}}"
+        )
     if base is list:
         return f"write {path}=[a,b]"
     if isinstance(key.default, bool):
         return f"write {path}=true or {path}=false"
     if key.default is None or key.default == "???" or base is str:
-        return f"write {path}=" + {int: "10", float: "0.1"}.get(base, "text")
+        return f"write {path}=" + {int: "10", float: "0.1"}.get(base, "PATH" if key.unit == "path" else "text")
     return f"for example {path}={key.default}"

@@ -16,8 +16,12 @@ from typing import Any
 from r1mega.config.data import CompareConfig, PrepareConfig, ReportConfig
 from r1mega.config.errors import UserError, Violation
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RlConfig
+from r1mega.config.run import ComputeConfig
 from r1mega.config.train import PretrainConfig, SftConfig
 from r1mega.files.records import rows_below
+
+LONGEST_NAME = 255
+"""Bytes of one part of a path, on the file systems that there are."""
 
 ITEM_BYTES = {"uint16": 2, "uint32": 4}
 
@@ -32,9 +36,10 @@ def check_paths(config: Any) -> None:
 def violations(config: Any) -> Iterator[Violation]:
     """Faults of the inputs that ``config`` names."""
     if isinstance(config, PretrainConfig | SftConfig):
-        vocab = config.model.vocab_size if isinstance(config, PretrainConfig) else None
+        is_sft = isinstance(config, SftConfig)
+        vocab, kind = None if is_sft else config.model.vocab_size, "samples" if is_sft else "text"
         for name in config.data.train:
-            yield from _token_file("data.train", name, vocab)
+            yield from _token_file("data.train", name, vocab, kind)
         if config.data.valid is not None:
             yield from _token_file("data.valid", config.data.valid, vocab)
     if isinstance(config, PretrainConfig):
@@ -51,6 +56,47 @@ def violations(config: Any) -> Iterator[Violation]:
         yield from _folder("run", config.run, "a run's folder")
     if isinstance(config, CompareConfig):
         yield from _compared(config.run)
+    if isinstance(config, ComputeConfig | PrepareConfig) and not isinstance(config, ChatConfig):
+        yield from _written("out", config.out, folder=True)
+    if isinstance(config, ExportConfig):
+        yield from _written("target", config.target, folder=True)
+        yield from _export_target(Path(config.target))
+    if isinstance(config, ReportConfig | CompareConfig):
+        yield from _written("target", config.target)
+    if isinstance(config, EvalConfig) and config.keep is not None:
+        yield from _written("keep", config.keep)
+
+
+def _written(where: str, name: str, *, folder: bool = False) -> Iterator[Violation]:
+    """Can ``name`` be made, or written again? Nothing is made."""
+    path, what = Path(name).absolute(), "a folder" if folder else "a file"
+    way = f"give another {where}={'FOLDER' if folder else 'FILE'}"
+    longest = max(len(os.fsencode(part)) for part in (path.name, *path.parts))
+    if longest > LONGEST_NAME:
+        yield Violation(where, f"{what} whose names have at most {LONGEST_NAME} bytes", f"one of {longest}", hint=way)
+        return
+    there = path
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if there.is_dir() if there != path or folder else there.is_file():
+        if not os.access(there, os.W_OK):
+            yield Violation(where, f"{what} that can be written", f"{there}, which cannot", hint=way)
+    else:
+        kind = "a folder" if there.is_dir() else "a file"
+        yield Violation(
+            where, f"{what} that can be written", f"{kind} {there}" + (f" in the way of {name}" if there != path else ""), hint=way
+        )
+
+
+def _export_target(target: Path) -> Iterator[Violation]:
+    """Only an earlier export is replaced."""
+    if target.is_dir() and any(target.iterdir()):
+        try:
+            ours = json.loads((target / "config.json").read_text(encoding="utf-8"))["model_type"] == "deepseek_v3"
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        if not ours:
+            yield Violation("target", "a new folder or an earlier export", f"{target} with other files", hint="use another target=")
 
 
 def _compared(runs: list[str]) -> Iterator[Violation]:
@@ -112,7 +158,7 @@ def _file(where: str, name: str) -> Iterator[Violation]:
         yield Violation(where, f"{rule} with at least one record", f"an empty file {name}", hint="write it again")
 
 
-def _token_file(where: str, name: str, vocab_size: int | None) -> Iterator[Violation]:
+def _token_file(where: str, name: str, vocab_size: int | None, kind: str | None = None) -> Iterator[Violation]:
     """NAME.json with NAME.bin, NAME.idx and, for samples, NAME.mask, of the sizes that the meta says."""
     meta_path = Path(f"{name}.json")
     if not meta_path.is_file():
@@ -126,7 +172,7 @@ def _token_file(where: str, name: str, vocab_size: int | None) -> Iterator[Viola
         meta = json.loads(meta_path.read_text(encoding="utf-8"))
         num_tokens, vocab = int(meta["num_tokens"]), int(meta["vocab_size"])
         sizes = {"bin": num_tokens * ITEM_BYTES[meta["dtype"]], "idx": 8 * (int(meta["num_docs"]) + 1)}
-        sizes |= {"mask": num_tokens} if meta["kind"] == "samples" else {}
+        sizes |= {"text": {}, "samples": {"mask": num_tokens}}[meta["kind"]]
     except (ValueError, KeyError, TypeError) as error:
         yield Violation(
             where, f"{meta_path} is the meta of a token file", f"{type(error).__name__} {error}", hint="prepare it again"
@@ -134,6 +180,7 @@ def _token_file(where: str, name: str, vocab_size: int | None) -> Iterator[Viola
         return
     if num_tokens < 1:
         yield Violation(where, "at least one token", f"an empty token file {name}", hint="prepare it from more text")
+        return
     for suffix, size in sizes.items():
         part = Path(f"{name}.{suffix}")
         actual = part.stat().st_size if part.is_file() else None
@@ -144,6 +191,9 @@ def _token_file(where: str, name: str, vocab_size: int | None) -> Iterator[Viola
                 "no file" if actual is None else f"{actual} bytes",
                 hint="copy or prepare it again",
             )
+    if kind is not None and meta["kind"] != kind:
+        way = "pretrain reads text files (text, worked), sft reads sample files (sft)"
+        yield Violation(where, f"a token file of kind {kind}", f"{name} of kind {meta['kind']}", hint=way)
     if vocab_size is not None and vocab > vocab_size:
         yield Violation(
             "model.vocab_size",

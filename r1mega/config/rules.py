@@ -24,6 +24,11 @@ from r1mega.config.run import ComputeConfig, LogConfig, ParallelConfig
 from r1mega.config.schema import plain_type
 from r1mega.config.train import TUNABLE_MODEL_FIELDS, OptimConfig, PretrainConfig, SftConfig
 
+LARGEST = 2**63 - 1
+"""Of whole numbers: what torch takes as a seed or a size."""
+
+_PATHS = {list: "[PATH]", dict: "{PATH: 1}"}
+
 
 def check(config: Any) -> None:
     """Raise UserError, one line a broken rule of ``config``; rules across sections wait until each field is right."""
@@ -57,6 +62,10 @@ def field_violations(config: Any, prefix: str = "") -> Iterator[Violation]:
             for name, item in value.items():
                 if dataclasses.is_dataclass(item):
                     yield from field_violations(item, f"{path}.{name}.")
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            yield Violation(path, f"a whole number of at most {LARGEST}", shown_number(value), hint=f"give a smaller {path}")
+        elif field.metadata.get("unit", "").partition(":")[0] == "path" and _has_blank(value):
+            yield Violation(path, "a path", "''", hint=f"give {path}={_PATHS.get(type(value), 'PATH')}")
         elif isinstance(value, float) and not math.isfinite(value):
             yield Violation(path, "a finite number", value, hint=f"give a number ({field.metadata.get('unit')})")
         elif value is None:
@@ -70,6 +79,16 @@ def field_violations(config: Any, prefix: str = "") -> Iterator[Violation]:
             fixes = ((path, (usual,)),) if usual not in (dataclasses.MISSING, REQUIRED, None) and rule(usual) else ()
             says = field.metadata["says"]
             yield Violation(path, says, value, fixes, "" if fixes else f"use a value {says}")
+
+
+def _has_blank(value: Any) -> bool:
+    """True for an empty text of a path knob, which would stand for the working folder."""
+    return any(isinstance(item, str) and not item.strip() for item in ([value] if isinstance(value, str) else value or ()))
+
+
+def shown_number(value: int) -> str:
+    """A large number; Python writes out none of more than some thousand digits."""
+    return str(value) if abs(value) < 10**40 else f"one of about {value.bit_length() * 3 // 10} digits"
 
 
 def cross_violations(config: Any) -> Iterator[Violation]:
@@ -267,8 +286,9 @@ def _reward_faults(place: str, name: str) -> Iterator[Violation]:
     if "." in name:
         try:
             cls = registry.lookup("reward", name)
-        except ValueError as error:
-            yield Violation(place, "a dotted reward is imported", repr(name), hint=str(error.__cause__ or error))
+        except UserError as error:
+            way = f"{error.__cause__}, check PYTHONPATH and the name" if error.__cause__ else "write {MODULE.CLASS: 1}"
+            yield Violation(place, "a dotted reward is imported", repr(name), hint=way)
         else:
             if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, "build")):
                 rule = "a reward is a frozen dataclass with build()"
@@ -314,7 +334,8 @@ def _tunable(model: dict[str, Any]) -> Iterator[Violation]:
         path = f"model.{name}"
         if name not in TUNABLE_MODEL_FIELDS:
             rule = "a field that alters no weight, the checkpoint decides the others"
-            yield Violation(path, rule, value, hint=f"use one of {', '.join(TUNABLE_MODEL_FIELDS)}")
+            hint = f"{nearest(name, TUNABLE_MODEL_FIELDS)}use one of {', '.join(TUNABLE_MODEL_FIELDS)}"
+            yield Violation(path, rule, value, hint=hint)
             continue
         field = known[name]
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

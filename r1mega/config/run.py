@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from r1mega.config.knob import at_least, between, knob, one_of
 
 
+def _is_name(text: str) -> bool:
+    return bool(text.strip()) and ".." not in text.split("/") and not text.startswith("/")
+
+
 @dataclass
 class DeviceConfig:
     """The device of this process."""
@@ -53,7 +57,7 @@ class LogConfig:
 class RunConfig:
     """Fields of every command."""
 
-    name: str = knob("run", "the run's name", "name")
+    name: str = knob("run", "the run's name", "name", rule=_is_name, says="a name below runs/, without ..")
     out: str = knob("runs/${name}", "folder of everything that the run writes", "path")
     seed: int = knob(1, "seed of weights, data order and sampling", "1", **at_least(0))
     debug: bool = knob(False, "show tracebacks", "bool")
@@ -68,7 +72,11 @@ class ComputeConfig(RunConfig):
     parallel: ParallelConfig = knob(ParallelConfig, "degrees of parallelism", "section")
     precision: PrecisionConfig = knob(PrecisionConfig, "number formats", "section")
     log: LogConfig = knob(LogConfig, "where metric lines go besides the run's folder (pretrain, sft, rl)", "section")
-    profile: bool = knob(False, "trace a few steps (of rl: one rollout) into out/profile, and record who allocates memory", "bool")
+    profile: bool = knob(
+        False,
+        "trace a few steps (rl: one rollout) of pretrain, sft or rl into out/profile, and record who allocates memory",
+        "bool",
+    )
 
 
 @dataclass

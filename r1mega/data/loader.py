@@ -42,6 +42,7 @@ class _Loader:
     """What both loaders share: files with weights, ranks, the cursor's identity."""
 
     kind: str
+    packing: str
 
     def __init__(
         self, files: Mapping[str, float], sequence_length: int, global_batch_size: int, seed: int, rank: int = 0, world: int = 1
@@ -71,13 +72,14 @@ class _Loader:
             {"name": file.path.name, "sha256": file.meta["sha256"], "weight": weight, "consumed": consumed}
             for file, weight, consumed in zip(self.files, self.weights, self.consumed, strict=True)
         ]
-        return {"kind": self.kind, "seed": self.seed, "sequence_length": self.sequence_length, "sources": sources}
+        which = {"kind": self.kind, "packing": self.packing}
+        return {**which, "seed": self.seed, "sequence_length": self.sequence_length, "sources": sources}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved cursor. Raises UserError when the files' tokens, weights, sequence length or seed are others."""
         mine = self.state_dict()
-        for key in ("kind", "seed", "sequence_length"):
-            if state[key] != mine[key]:
+        for key in ("kind", "packing", "seed", "sequence_length"):
+            if state.get(key, mine[key]) != mine[key]:
                 raise UserError(
                     f"data: a run goes on with the {key} it began with; got {mine[key]} for {state[key]}; restore it or start anew"
                 )
@@ -99,7 +101,7 @@ class PretrainLoader(_Loader):
     """The files' documents as one stream each, cut into windows of S + 1 tokens (the last is the next one's first), shuffled every
     epoch, blended by weight. Documents are not masked from each other (V3 4.1): segment ids are all 1, every label is learnt."""
 
-    kind = "text"
+    kind, packing = "text", "windows"
 
     def __init__(
         self, files: Mapping[str, float], sequence_length: int, global_batch_size: int, seed: int, rank: int = 0, world: int = 1
@@ -183,17 +185,22 @@ class _PackedLoader(_Loader):
 class DocumentLoader(_PackedLoader):
     """Whole documents of text in rows (V3 4.1; best fit after arXiv 2404.10830); one that is longer than a row is cut into pieces.
 
-    Every label is learnt but that of a document's end. Segment ids count the pieces of a row: whether they see each other is the
-    trainer's choice.
+    Every label is learnt but that of a document's end. Segment ids count the pieces of a row; here they see each other.
     """
 
-    kind = "text"
+    kind, packing = "text", "documents"
+
+
+class IsolatedLoader(DocumentLoader):
+    """The same rows for a trainer that keeps the documents from each other."""
+
+    packing = "isolated"
 
 
 class SftLoader(_PackedLoader):
     """Samples packed whole, masked from each other; only answers are learnt. UserError for a sample that is longer than S."""
 
-    kind = "samples"
+    kind, packing = "samples", "isolated"
 
 
 def validation_batches(

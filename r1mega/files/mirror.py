@@ -10,9 +10,11 @@ it) is dropped. Two machines must not write to one URL at once: nothing here can
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,13 +64,30 @@ class Mirror:
                     raise UserError(f"{rule}; got {self.url} with other files; use another {self.where}=")
                 self.local.parent.mkdir(parents=True, exist_ok=True)
                 return
-            if found is None or found != self._read()["id"]:
-                shutil.rmtree(self.local, ignore_errors=True)
+            known = self._read()["id"]
+            if found is None and known and self._whole_steps():  # the URL has lost what was sent: all is sent again
+                self._write({"id": known, "files": {}})
+            elif found is None or found != known:
+                self._set_aside()
                 self._write({"id": found or uuid.uuid4().hex, "files": {}})
             self.local.mkdir(parents=True, exist_ok=True)
             self._fetch_newest(system, there)
             if found is None:
                 self._put_mark(system, path)
+
+    def _whole_steps(self) -> dict[int, str]:
+        """Step to name of the checkpoints here whose every hash holds."""
+        found = remote.whole_steps(list(self._files()), f"{CHECKPOINTS}/")
+        return {step: name for step, name in found.items() if _is_whole(self.local / name)}
+
+    def _set_aside(self) -> None:
+        """Make room for another run's files; checkpoints are kept under another name, which is told."""
+        if not self._whole_steps():
+            shutil.rmtree(self.local, ignore_errors=True)
+            return
+        kept = self.local.with_name(f"{self.local.name}.kept-{uuid.uuid4().hex[:8]}")
+        self.local.rename(kept)
+        print(f"{self.where}: {self.url} is another run's now; what was here is kept in {kept}", file=sys.stderr)
 
     def send(self) -> None:
         """Copy what is new here to the URL and remove there what is gone here. UserError, naming the URL, where that fails."""
@@ -118,7 +137,7 @@ class Mirror:
 
     def _fetch_newest(self, system: Any, there: dict[str, tuple[str, Any]]) -> None:
         steps = remote.whole_steps(there, f"{CHECKPOINTS}/")
-        here = remote.whole_steps(list(self._files()), f"{CHECKPOINTS}/")
+        here = self._whole_steps()
         if self.keep_last is None or not steps or max(steps) <= max(here, default=-1):
             return
         name = steps[max(steps)]
@@ -197,6 +216,19 @@ class Mirror:
                 f"{self.where}: what is finished goes to its URL; got {reason}; all is kept in {self.local.parent}, mend the way "
                 "there and run the same command"
             ) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a checkpoint's files are as its manifest has them. This floor is below the trainer's, whose manifest it is."""
+    try:
+        files = json.loads((folder / remote.MANIFEST).read_text())["files"]
+        for name, entry in files.items():
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def _step_of(name: str) -> str:

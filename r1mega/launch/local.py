@@ -69,6 +69,9 @@ def start_ranks(
                     preexec_fn=_dies_with(os.getpid()),  # noqa: PLW1509 - runs two system calls, takes no lock
                 )
             )
+        if came:  # while they were started: those that had not been there yet have not heard
+            for process in ranks:
+                process.send_signal(came[0])
         failed = _wait(ranks, grace_seconds)
         if came and failed and failed[0][1] == 128 + signal.SIGTERM:  # ranks that had nothing to save
             raise SystemExit(failed[0][1])
@@ -148,7 +151,7 @@ def _wait(ranks: Sequence[subprocess.Popen], grace_seconds: float) -> list[tuple
             if code and rank not in known:
                 failed.append((rank, code if code > 0 else 128 - code))
         running = any(process.poll() is None for process in ranks)
-        if failed and deadline is None:
+        if deadline is None and any(status != STOPPED for _, status in failed):  # ranks that stop may take their time
             deadline = time.monotonic() + grace_seconds
         if not running or (deadline is not None and time.monotonic() > deadline):
             return failed

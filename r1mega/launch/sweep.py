@@ -168,6 +168,8 @@ def _run(command: str, line: Sequence[str], row: Row, end_seconds: float) -> Non
             preexec_fn=_dies_with(os.getpid()),  # noqa: PLW1509 - runs two system calls, takes no lock
         )
         jobs.append(job)
+        if came:  # before there was a job to hand it on to
+            job.send_signal(came[0])
         try:
             job.wait()
         except (KeyboardInterrupt, SystemExit) as error:  # Ctrl-C, or a second SIGTERM

@@ -75,7 +75,11 @@ def _read_stage(name: str, body: Any) -> Stage:
         lists[key] = tuple(value)
     copy_to = body.get("copy_to")
     if copy_to is not None and (
-        not str(copy_to) or Path(copy_to).is_absolute() or ".." in Path(copy_to).parts or str(copy_to) == "stages"
+        not isinstance(copy_to, str)
+        or not copy_to
+        or Path(copy_to).is_absolute()
+        or ".." in Path(copy_to).parts
+        or copy_to == "stages"
     ):
         raise UserError(f"{where}.copy_to: a path below the run's folder; got {copy_to!r}; use for example export")
     return Stage(name, command, lists["needs"], lists["overrides"], copy_to)
@@ -103,6 +107,10 @@ def plan(stages: Sequence[Stage], only: Sequence[str] = ()) -> list[Stage]:
         if name not in wanted:
             wanted.add(name)
             todo.extend(by_name[name].needs)
+    places = [stage.copy_to for stage in stages if stage.copy_to]
+    for stage in stages:
+        if places.count(stage.copy_to) > 1:
+            raise UserError(f"recipe.stages.{stage.name}.copy_to: each stage its own place; got {stage.copy_to} twice; change one")
     order: list[Stage] = []
     done: set[str] = set()
     waiting = [stage for stage in stages if stage.name in wanted]
@@ -144,10 +152,8 @@ def fill(stage: Stage, folder: Path, seed: int) -> list[str]:
         name = match[1]
         if name not in values:
             where = f"recipe.stages.{stage.name}.overrides"
-            hint = nearest(name, values)
-            raise UserError(
-                f"{where}: a placeholder is recipe, seed or a needed stage; got {{{name}}}; {hint}or add {name} to needs"
-            )
+            way = f"{nearest(name, values)}write {{STAGE}} of a stage in needs, or add {name} to needs"
+            raise UserError(f"{where}: a placeholder is recipe, seed or a needed stage; got {{{name}}}; {way}")
         return values[name]
 
     return [_PLACEHOLDER.sub(value, override) for override in stage.overrides]

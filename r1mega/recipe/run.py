@@ -142,7 +142,10 @@ def run_stages(
     configs, used = {}, {}
     for stage in every:
         used[stage.name] = _overrides(stage, folder, seed, {} if stage.command in single_rank else compute or {})
-        configs[stage.name] = composer(stage.command, used[stage.name])
+        try:
+            configs[stage.name] = composer(stage.command, used[stage.name])
+        except UserError as error:
+            raise UserError("\n".join(f"stage {stage.name}: {line}" for line in str(error).splitlines())) from error
     keys = crew.first(lambda: _keys(every, configs, folder, version))
     records: dict[str, dict[str, Any]] = {}
     stamps: dict[str, dict[str, Any]] = {}

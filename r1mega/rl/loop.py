@@ -21,7 +21,7 @@ from r1mega.data.prompts import PromptStream
 from r1mega.rl.batch import RolloutBatch, RolloutRow, microbatches
 from r1mega.rl.loss import token_logprobs
 from r1mega.rl.metrics import mean_load, rollout_line
-from r1mega.rl.reward.mix import by_reward, names_of, weights_of, write_failures
+from r1mega.rl.reward.mix import FAILURES, by_reward, keep_failures, names_of, weights_of, write_failures
 from r1mega.rl.reward.runner import RewardRunner, total
 from r1mega.rl.setup import (
     encode_prompts,
@@ -36,6 +36,7 @@ from r1mega.train import checkpoint, stop
 from r1mega.train.checkpoint import TrainState
 from r1mega.train.health import Health
 from r1mega.train.manifest import check_same_command
+from r1mega.train.memory import Watch, watched
 from r1mega.train.metrics import Metrics
 from r1mega.train.profile import Profile
 from r1mega.train.schedule import learning_rate
@@ -46,18 +47,22 @@ def rl(config: RlConfig) -> dict[str, Any]:
     """Reinforce ``config.init`` for ``rl.rollouts`` rollouts; the same call goes on from the last checkpoint."""
     mesh = open_run_mesh(config)
     init = checkpoint.resolve(config.init)
-    with open_rewards(config.reward, config.reward.weights) as rewards, stop.heeding():
-        loop = RlLoop(config, mesh, init, rewards)
-        with loop.policy.watch_memory(loop.folder, "rl.micro_batch_size or rl.sampling.max_new_tokens"):
-            while loop.state.extra["rollouts"] < config.rl.rollouts:
-                loop.rollout()
-            return loop.finish()
+    way_out = "rl.micro_batch_size or rl.sampling.max_new_tokens"
+    with (
+        open_rewards(config.reward, config.reward.weights) as rewards,
+        stop.heeding(),
+        watched(mesh, Path(config.out), way_out) as watch,
+    ):
+        loop = RlLoop(config, mesh, init, rewards, watch)
+        while loop.state.extra["rollouts"] < config.rl.rollouts:
+            loop.rollout()
+        return loop.finish()
 
 
 class RlLoop:
     """One rank's part of the loop. ``rollout`` is one turn: the methods that it calls are the arrows of the picture."""
 
-    def __init__(self, config: RlConfig, mesh, init: Path, rewards: RewardRunner):
+    def __init__(self, config: RlConfig, mesh, init: Path, rewards: RewardRunner, watch: Watch | None = None):
         self.config, self.mesh, self.sizes, self.rewards = config, mesh, config.rl, rewards
         self.folder = Path(config.out)
         self.checkpoints = self.folder / "checkpoints"
@@ -67,6 +72,8 @@ class RlLoop:
         mesh.barrier()
         self.tokenizer, self.parent = open_tokenizer(init), checkpoint.digest(init)
         self.policy = open_policy(config, init, mesh, config.optim, config.model)
+        if watch is not None:
+            watch.trainee = self.policy.trainee
         problems = load_problems(config.data.problems, limit=config.data.limit)
         context = self.policy.model_config.max_position_embeddings
         encoded = encode_prompts(self.tokenizer, problems, self.sizes.sampling.max_new_tokens, context)
@@ -82,13 +89,14 @@ class RlLoop:
             check_same_command("rl", held)
             self.state = self.policy.load(held, weights_only=False, verified=True)
             self.prompts.load_state_dict(self.state.cursor)
-            self.health.load_state_dict(self.state.extra["health"])
+            self.health.load_state_dict(self.state.extra.get("health", {}))
         self.advantages, self.loss = config.advantage.build(), config.policy_loss.build()
         self.engine = open_engine(config.engine, self.policy, self.tokenizer)
         self.metrics = Metrics(
             self.folder, "rollout", self.sizes.rollouts, self.state.extra["rollouts"], active=mesh.is_first, config=config
         )
-        self.profile = Profile(self.folder, mesh, active=config.profile, skip=1, count=1)
+        self.forget_failures()
+        self.profile = Profile(self.folder, mesh, active=config.profile, skip=min(1, self.sizes.rollouts - 1), count=1)
         self.seconds: dict[str, float] = {}
         self.push()
 
@@ -127,8 +135,14 @@ class RlLoop:
             return False
         self.state = state
         self.metrics.rewind(state.extra["rollouts"])
+        self.forget_failures()
         self.push()
         return True
+
+    def forget_failures(self) -> None:
+        """Rewards' failures of rollouts that are made again."""
+        if self.mesh.is_first:
+            keep_failures(self.folder / FAILURES, self.state.extra["rollouts"])
 
     def generate(self) -> tuple[list[RolloutRow], list[Problem]]:
         """G responses to each of this rank's questions, groups side by side."""
@@ -153,7 +167,7 @@ class RlLoop:
             advantages = self.advantages(torch.tensor(rewards).view(-1, self.sizes.group_size)).flatten().tolist()
             for row, advantage in zip(rows, advantages, strict=True):
                 row.advantage = advantage
-        write_failures(self.folder / "reward_failures.jsonl", self.state.extra["rollouts"] + 1, problems, texts, records)
+        write_failures(self.folder / FAILURES, self.state.extra["rollouts"] + 1, problems, texts, records)
         by_name = by_reward(records, names_of(weights, by_source), self.mesh.gather_objects)
         failed = [float(any(entry.failure for entry in record.values())) for record in records]
         return {**by_name, "reward": rewards, "reward_failed": failed}
@@ -262,7 +276,7 @@ class RlLoop:
                 command="rl",
             )
         self.profile.step()
-        if asked and not last:
+        if asked:
             self.finish()
             raise Stopped(
                 f"stopped: SIGTERM came, rollout {number} of {self.sizes.rollouts} is saved; the same command goes on from there"

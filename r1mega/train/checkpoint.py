@@ -22,7 +22,7 @@ from r1mega.compat import megatron_writer
 from r1mega.config.errors import UserError
 from r1mega.files import published
 from r1mega.mesh import Mesh
-from r1mega.train import manifest
+from r1mega.train import manifest, pickles
 from r1mega.train.manifest import digest, latest, read_model, read_state, resolve, verify
 from r1mega.train.trainee import Trainee
 
@@ -121,7 +121,12 @@ def _together(mesh: Mesh, aside: Path, action: Callable[[], Any] | None) -> Any:
         value = action() if action else None
     except (OSError, RuntimeError) as error:  # torch.save raises the second where its file cannot grow
         failure = _unwritten(mesh, aside, error)
-    mesh.agree(failure)
+    try:
+        mesh.agree(failure)
+    except UserError:
+        if mesh.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
     return value
 
 
@@ -204,6 +209,7 @@ def load(trainee: Trainee, path: str | Path, *, weights_only: bool = False, veri
         if not verified and manifest.fault_of(source, mesh.rank, mesh.world_size):
             verify(source)
         if mesh.is_first:
+            pickles.check(source / "weights" / ".metadata", f"checkpoint {source}")
             manifest.check_same_model(trainee.model_config, source)
     except UserError as error:
         failure = str(error)

@@ -84,9 +84,9 @@ def fit(config: PretrainConfig | SftConfig, model: ModelConfig, open_source: Cal
     metas = source.loader.metas + ([TokenFile(config.data.valid).meta] if config.data.valid else [])
     for meta in metas:
         check_tokenizer(meta, tokenizer_hash=expected, vocab_size=model.vocab_size)
-    trainee = Trainee(model, config.optim, mesh, config.precision.dtype)
-    run = _Run(config, model, mesh, source, trainee)
-    with stop.heeding(), watched(trainee, run.folder, "trainer.micro_batch_size or data.sequence_length"):
+    with stop.heeding(), watched(mesh, Path(config.out), "trainer.micro_batch_size or data.sequence_length") as watch:
+        watch.trainee = trainee = Trainee(model, config.optim, mesh, config.precision.dtype)
+        run = _Run(config, model, mesh, source, trainee)
         run.start()
         run.loop()
         return run.finish()
@@ -101,12 +101,11 @@ class _Run:
         self.folder = Path(config.out)
         self.checkpoints = self.folder / "checkpoints"
         self.command = "sft" if isinstance(config, SftConfig) else "pretrain"
-        self.packing = "isolated" if self.command == "sft" else config.data.packing
-        self.segments = self.packing == "isolated"
+        self.segments = source.loader.packing == "isolated"
         self.valid = self._validation() if config.data.valid else []  # opened now: a bad file must not end a run at its end
         self.state = TrainState()
         self.health = Health(self.trainer.spike_sigma, self.trainer.spike_window, self.trainer.spike_limit)
-        self.profile = Profile(self.folder, mesh, active=config.profile, skip=2, count=3)
+        self.profile = Profile(self.folder, mesh, active=config.profile, skip=min(2, self.trainer.steps - 1), count=3)
         self.parent = checkpoint.digest(source.init) if source.init else None
         self.valid_loss: float | None = None
         self.seconds = 0.0
@@ -122,7 +121,7 @@ class _Run:
             check_same_command(self.command, held)
             self._take(checkpoint.load(self.trainee, held, verified=True))
             self.source.loader.load_state_dict(self.state.cursor)
-            self.health.load_state_dict(self.state.extra["health"])
+            self.health.load_state_dict(self.state.extra.get("health", {}))
         elif self.source.init is not None:
             checkpoint.load(self.trainee, self.source.init, weights_only=True)
         self.metrics = Metrics(
@@ -187,7 +186,7 @@ class _Run:
         if saves or asked:
             self._save()
         self.profile.step()
-        if asked and not last:
+        if asked:
             self.finish()
             raise Stopped(f"stopped: SIGTERM came, step {step} of {trainer.steps} is saved; the same command goes on from there")
 
@@ -225,7 +224,7 @@ class _Run:
             trainer.valid_batches,
             rank=mesh.data_rank,
             world=mesh.data_size,
-            windows=self.packing == "windows",
+            windows=self.source.loader.packing == "windows",
         )
         size, device = trainer.micro_batch_size, mesh.device.torch_device
         return [part for batch in batches for part in tensors(batch, size, device, segments=self.segments)]

@@ -7,8 +7,8 @@
       rng.pt           the generators; reference.pt: RL's reference policy
       manifest.json    sha256 and size of every other file; written last
 
-A folder without a manifest was never finished. Names that start with a dot are on their way in or out; ``damaged-step-*`` is what a
-run found spoilt and passed over.
+The folder gets its name when all is in it: one without a manifest is damaged. Names that start with a dot are on their way in or
+out; ``damaged-step-*`` is what a run found spoilt and passed over.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ MANIFEST = "manifest.json"
 
 
 def finished(folder: str | Path) -> list[Path]:
-    """The finished checkpoints in a run's ``checkpoints`` folder, the oldest first."""
-    found = [path for path in Path(folder).glob("step-*") if (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    """The finished checkpoints in a run's ``checkpoints`` folder, whole or damaged, the oldest first."""
+    found = [path for path in Path(folder).glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -56,6 +56,8 @@ def resolve(path: str | Path) -> Path:
     for candidate in (given, latest(given), latest(given / "checkpoints")):
         if candidate is not None and (candidate / MANIFEST).is_file():
             return candidate
+        if candidate is not None and candidate != given:
+            raise UserError(f"checkpoint {candidate}: every finished checkpoint has its {MANIFEST}; got none; {_older(candidate)}")
     raise UserError(f"checkpoint: a folder with {MANIFEST}, or a run's folder with checkpoints/; got {given}; check the path")
 
 
@@ -81,8 +83,13 @@ def read_model(path: str | Path) -> ModelConfig:
         return ModelConfig(**{**values, "yarn": YarnConfig(**values["yarn"])})
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"checkpoint {folder}: state.json describes a model of this version; got {error}; use one that this version wrote"
+            f"checkpoint {folder}: state.json describes a model of this version; got {_missing(error)}; "
+            "use one that this version wrote"
         ) from error
+
+
+def _missing(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def digest(path: str | Path) -> str:
@@ -99,6 +106,8 @@ def verify(path: Path) -> None:
 
 def fault_of(path: Path, part: int = 0, parts: int = 1) -> str:
     """``rule; got value`` of the first file that is not as the manifest has it, or "". Reads every ``parts``-th file."""
+    if not (path / MANIFEST).is_file():
+        return f"a finished checkpoint has its {MANIFEST}; got none"
     try:
         files = _read(path / MANIFEST).get("files")
         if not isinstance(files, dict):

@@ -11,11 +11,13 @@ import gc
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from r1mega.config.errors import UserError
+from r1mega.mesh import Mesh
 from r1mega.train.trainee import Trainee
 
 SHOWN = 5
@@ -23,44 +25,51 @@ SHOWN = 5
 GIB = 2**30
 
 
+@dataclass
+class Watch:
+    """``trainee``: whose tensors get names; None until it is built."""
+
+    trainee: Trainee | None = None
+
+
 @contextlib.contextmanager
-def watched(trainee: Trainee, out: Path, way_out: str) -> Iterator[None]:
+def watched(mesh: Mesh, out: Path, way_out: str) -> Iterator[Watch]:
     """While inside, running out of memory raises UserError with the five largest holders; ``out/memory`` gets the whole list.
 
     ``way_out``: keys to lower. The error is this rank's alone: memory ran out, so the ranks cannot meet once more.
     """
+    watch = Watch()
     try:
-        yield
+        yield watch
     except Exception as error:
-        if not trainee.mesh.device.is_out_of_memory(error):
+        if not mesh.device.is_out_of_memory(error):
             raise
         told = " ".join(str(error).split())[:160]
-        held = sorted(holders(trainee).items(), key=lambda item: -item[1])
-        file = _write(trainee, out, held, told)
+        held = sorted(holders(watch.trainee, mesh).items(), key=lambda item: -item[1])
         largest = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in held[:SHOWN])
         raise UserError(
-            f"memory: a step fits; got {told}; lower {way_out}, rank {trainee.mesh.rank} held {largest} (all in {file})"
+            f"memory: a step fits; got {told}; lower {way_out}, rank {mesh.rank} held {largest} ({_write(mesh, out, held, told)})"
         ) from error
 
 
-def holders(trainee: Trainee) -> dict[str, int]:
+def holders(trainee: Trainee | None, mesh: Mesh) -> dict[str, int]:
     """Name to bytes of all that holds memory on the device; layers and experts of one kind are summed under one name (``N``)."""
     sizes: dict[str, int] = defaultdict(int)
     addresses: set[int] = set()
     storages: set[int] = set()
-    for label, tensor in _named(trainee):  # parts of one large buffer each: counted by themselves
+    for label, tensor in _named(trainee) if trainee else ():  # parts of one large buffer each: counted by themselves
         if tensor.data_ptr() not in addresses:
             addresses.add(tensor.data_ptr())
             storages.add(_storage(tensor))
             sizes[label] += tensor.numel() * tensor.element_size()
-    for tensor in _live(trainee.mesh.device.torch_device):
+    for tensor in _live(mesh.device.torch_device):
         if _storage(tensor) not in storages:
             storages.add(_storage(tensor))
             label = f"other tensors {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
             sizes[label] += tensor.untyped_storage().nbytes()
-    rest = trainee.mesh.device.allocated_bytes() - sum(sizes.values())
+    rest = mesh.device.allocated_bytes() - sum(sizes.values())
     if rest > 0:
-        sizes[trainee.mesh.device.unseen_memory] = rest
+        sizes[mesh.device.unseen_memory] = rest
     return dict(sizes)
 
 
@@ -91,10 +100,14 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _write(trainee: Trainee, out: Path, held: list[tuple[str, int]], told: str) -> Path:
-    folder, rank = out / "memory", trainee.mesh.rank
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [f"{size / GIB:9.3f} GiB  {name}" for name, size in held]
-    (folder / f"rank{rank}.txt").write_text("\n".join([told, "", *rows, ""]))
-    trainee.mesh.device.write_memory_snapshot(folder / f"rank{rank}.pickle")
-    return folder / f"rank{rank}.txt"
+def _write(mesh: Mesh, out: Path, held: list[tuple[str, int]], told: str) -> str:
+    """Where the whole list lies, or why it could not be written: it must not hide the error that it tells of."""
+    folder, rank = out / "memory", mesh.rank
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [f"{size / GIB:9.3f} GiB  {name}" for name, size in held]
+        (folder / f"rank{rank}.txt").write_text("\n".join([told, "", *rows, ""]))
+        mesh.device.write_memory_snapshot(folder / f"rank{rank}.pickle")
+    except (OSError, RuntimeError, MemoryError) as error:
+        return f"the list could not be written: {error}"
+    return f"all in {folder / f'rank{rank}.txt'}"

@@ -25,7 +25,7 @@ class Mirror:
         import wandb
 
         place, in_recipe = folder / FILE_NAME, folder.parent.name == "stages"
-        held = json.loads(place.read_text())["id"] if place.is_file() else None
+        held = _held_id(place)
         run_id = held or secrets.token_hex(6)
         self._run = None
         try:
@@ -48,7 +48,9 @@ class Mirror:
             self._tell(error)
             return
         self._run = run
-        place.write_text(json.dumps({"id": run_id}) + "\n")
+        aside = place.with_suffix(".tmp")
+        aside.write_text(json.dumps({"id": run_id}) + "\n")
+        aside.replace(place)
 
     def log(self, values: dict[str, Any]) -> None:
         """Send one line: its numbers and texts, not its lists."""
@@ -73,3 +75,11 @@ class Mirror:
         self._run = None
         said = f"{type(error).__name__} {error}".splitlines()[0]
         tqdm.write(f"log.wandb: {said}; the training goes on without W&B", file=sys.stderr)
+
+
+def _held_id(place: Path) -> str | None:
+    """The id that an earlier start left; None without one, or where the file cannot be read."""
+    try:
+        return json.loads(place.read_text())["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

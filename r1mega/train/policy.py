@@ -19,7 +19,6 @@ from r1mega.model import names
 from r1mega.model.forward import logits
 from r1mega.train import checkpoint
 from r1mega.train.checkpoint import TrainState
-from r1mega.train.memory import watched
 from r1mega.train.trainee import Judge, StepResult, Trainee
 
 
@@ -34,19 +33,19 @@ class Policy:
 
     def __init__(self, model: ModelConfig, optim: OptimConfig | None, mesh: Mesh, dtype: str):
         self.model_config, self.mesh = model, mesh
-        self._trainee = Trainee(model, optim, mesh, dtype)
+        self.trainee = Trainee(model, optim, mesh, dtype)
         self._reference: dict[str, torch.Tensor] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self._trainee.dtype
+        return self.trainee.dtype
 
     def score(self, batches: Sequence[HasTokens], read: Callable[[torch.Tensor, Any], Any]) -> list[Any]:
         """``read(logits_BSV, batch)`` for every microbatch, without gradients."""
-        self._trainee.model.eval()
+        self.trainee.model.eval()
         with torch.no_grad():
-            return [read(logits(self._trainee.model, batch.tokens_BS), batch) for batch in batches]
+            return [read(logits(self.trainee.model, batch.tokens_BS), batch) for batch in batches]
 
     def update(
         self,
@@ -66,13 +65,13 @@ class Policy:
             value, stats = objective(output, batch)
             return value * parts, 1, {**stats, "objective": float(value.detach())}
 
-        result = self._trainee.step(list(batches), lambda model, batch: logits(model, batch.tokens_BS), loss, lr, judge)
+        result = self.trainee.step(list(batches), lambda model, batch: logits(model, batch.tokens_BS), loss, lr, judge)
         result.loss = result.stats.pop("objective")
         return result
 
     def published_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All weights under their Hugging Face names, as views of the live ones."""
-        return names.to_hf(self.model_config, self._trainee.named_tensors())
+        return names.to_hf(self.model_config, self.trainee.named_tensors())
 
     def published_config(self, *, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> dict[str, Any]:
         """``config.json`` of the published format."""
@@ -81,12 +80,12 @@ class Policy:
 
     def copy_to_reference(self) -> None:
         """Make the policy as it is now the reference."""
-        self._reference = {name: tensor.clone() for name, tensor in self._trainee.named_tensors()}
+        self._reference = {name: tensor.clone() for name, tensor in self.trainee.named_tensors()}
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
         """Inside, the reference's weights stand in the policy's place; for scoring alone."""
-        held = {name: tensor.clone() for name, tensor in self._trainee.named_tensors()}
+        held = {name: tensor.clone() for name, tensor in self.trainee.named_tensors()}
         try:
             self._put(self._reference)
             yield
@@ -94,16 +93,12 @@ class Policy:
             self._put(held)
 
     def _put(self, values: dict[str, torch.Tensor]) -> None:
-        for name, tensor in self._trainee.named_tensors():
+        for name, tensor in self.trainee.named_tensors():
             tensor.copy_(values[name])
-
-    def watch_memory(self, out: Path, way_out: str) -> contextlib.AbstractContextManager[None]:
-        """See :func:`r1mega.train.memory.watched`."""
-        return watched(self._trainee, out, way_out)
 
     def load(self, path: str | Path, *, weights_only: bool, verified: bool = False) -> TrainState:
         """Load a checkpoint; see :func:`r1mega.train.checkpoint.load`. The reference comes back with a full load."""
-        state = checkpoint.load(self._trainee, path, weights_only=weights_only, verified=verified)
+        state = checkpoint.load(self.trainee, path, weights_only=weights_only, verified=verified)
         held = checkpoint.resolve(path) / "reference.pt"
         if not weights_only and held.is_file():
             self._reference = torch.load(held, weights_only=True, map_location=self.mesh.device.torch_device)
@@ -113,7 +108,7 @@ class Policy:
         """Write a checkpoint with the reference beside the weights."""
         extra = {"reference.pt": self._reference} if self._reference is not None else {}
         return checkpoint.save(
-            self._trainee,
+            self.trainee,
             state,
             folder,
             keep_last=keep_last,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from r1mega.config.train import PretrainConfig
-from r1mega.data.loader import DocumentLoader, PretrainLoader
+from r1mega.data.loader import DocumentLoader, IsolatedLoader, PretrainLoader
 from r1mega.mesh import Mesh
 from r1mega.train import checkpoint
 from r1mega.train.fit import Source, fit
@@ -15,8 +15,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Train ``config.model``; returns checkpoint, steps, tokens, seconds and validation loss."""
 
     def source(mesh: Mesh) -> Source:
-        kind = PretrainLoader if config.data.packing == "windows" else DocumentLoader
-        loader = kind(
+        kinds = {kind.packing: kind for kind in (PretrainLoader, DocumentLoader, IsolatedLoader)}
+        loader = kinds[config.data.packing](
             config.data.train,
             config.data.sequence_length,
             config.trainer.global_batch_size,

@@ -10,7 +10,6 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
-from r1mega.config.errors import Stopped
 from r1mega.mesh import Mesh
 
 _asked = False
@@ -18,7 +17,7 @@ _asked = False
 
 @contextlib.contextmanager
 def heeding() -> Iterator[None]:
-    """While inside, SIGTERM is noted. A signal that came too late to be acted upon takes its usual course at the end.
+    """While inside, SIGTERM is noted; one that came too late to be acted upon takes its usual course at the end.
 
     Outside the main thread, where Python takes no handlers, signals stay as they are.
     """
@@ -34,16 +33,12 @@ def heeding() -> Iterator[None]:
     except ValueError:
         yield
         return
-    stopped = False
     try:
         yield
-    except Stopped:
-        stopped = True
-        raise
     finally:
         signal.signal(signal.SIGTERM, before)
-        if _asked and not stopped:
-            signal.raise_signal(signal.SIGTERM)
+    if _asked:  # not after an error, which says more than the signal would
+        signal.raise_signal(signal.SIGTERM)
 
 
 def asked(mesh: Mesh) -> bool:

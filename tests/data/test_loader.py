@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from r1mega.config.errors import UserError
-from r1mega.data.loader import PretrainLoader, SftLoader, validation_batches
+from r1mega.data.loader import DocumentLoader, IsolatedLoader, PretrainLoader, SftLoader, validation_batches
 from r1mega.data.tokenfile import TokenFileWriter
 
 EOS = 1
@@ -103,6 +103,7 @@ def test_state_of_other_data_is_refused(tmp_path):
         (PretrainLoader({a: 1.0, b: 1.0}, 8, 2, seed=1), "token files and weights"),
         (PretrainLoader({a: 1.0}, 4, 2, seed=1), "sequence_length it began with; got 4 for 8"),
         (PretrainLoader({a: 1.0}, 8, 2, seed=2), "seed it began with"),
+        (DocumentLoader({a: 1.0}, 8, 2, seed=1), "packing it began with; got documents for windows"),
     ):
         with pytest.raises(UserError, match=says):
             loader.load_state_dict(state)
@@ -111,6 +112,77 @@ def test_state_of_other_data_is_refused(tmp_path):
     for suffix in ("bin", "idx", "json"):
         (moved / f"a.{suffix}").write_bytes((tmp_path / f"a.{suffix}").read_bytes())
     PretrainLoader({str(moved / "a"): 1.0}, 8, 2, seed=1).load_state_dict(state)  # the same tokens in another folder are the same
+
+
+@pytest.mark.parametrize(("one", "other"), [(DocumentLoader, PretrainLoader), (DocumentLoader, IsolatedLoader)])
+def test_a_run_keeps_its_packing(tmp_path, one, other):
+    path = text_file(tmp_path / "a", 100)
+    for begun, now in ((one, other), (other, one)):
+        with pytest.raises(UserError, match=f"packing it began with; got {now.packing} for {begun.packing}"):
+            now({path: 1.0}, 8, 2, seed=1).load_state_dict(begun({path: 1.0}, 8, 2, seed=1).state_dict())
+
+
+def documents_file(path, lengths):
+    """Text with documents of these lengths, the end token not counted; document n is n times 100 + 0, 1, 2, ..."""
+    with TokenFileWriter(path, vocab_size=1000, eos_id=EOS, tokenizer_hash="h") as out:
+        for number, length in enumerate(lengths, start=1):
+            out.add([100 * number + place for place in range(length)])
+    return str(path)
+
+
+def test_documents_in_rows_by_hand(tmp_path):
+    """Two short documents share a row; one of 9 + 1 tokens is cut after the eighth, whose label is still the ninth."""
+    loader = DocumentLoader({documents_file(tmp_path / "d", [3, 2, 9]): 1.0}, 8, 3, seed=0)
+    batch = loader.next()
+    rows = {tuple(row): place for place, row in enumerate(batch.tokens_BS.tolist())}
+    assert (
+        set(rows)
+        == {
+            (300, 301, 302, 303, 304, 305, 306, 307),
+            (100, 101, 102, EOS, 200, 201, EOS, EOS),
+            (308, EOS, EOS, EOS, EOS, EOS, EOS, EOS),
+        }
+        or len(rows) == 2
+    )
+    long = rows[(300, 301, 302, 303, 304, 305, 306, 307)]
+    assert batch.labels_BS[long].tolist() == [301, 302, 303, 304, 305, 306, 307, 308] and batch.loss_mask_BS[long].all()
+    assert batch.segment_ids_BS[long].tolist() == [1] * 8
+
+
+def test_every_token_of_every_document_comes_once_an_epoch(tmp_path):
+    lengths = [5, 1, 19, 7, 3, 3, 12, 2, 6]
+    loader = DocumentLoader({documents_file(tmp_path / "d", lengths): 1.0}, 8, 1, seed=3)
+    rows = len(loader._block)
+    seen = []
+    for _ in range(rows):
+        batch = loader.next()
+        tokens, segments = batch.tokens_BS[0], batch.segment_ids_BS[0]
+        seen += tokens[(segments > 0) & (tokens != EOS)].tolist()
+        inside = batch.loss_mask_BS[0] == 1
+        ends = (segments > 0) & ~inside
+        assert (tokens[ends] == EOS).all(), "only a document's end has no label"
+        assert not inside[segments == 0].any()
+    assert sorted(seen) == sorted(100 * number + place for number, length in enumerate(lengths, start=1) for place in range(length))
+
+
+@pytest.mark.parametrize("kind", [DocumentLoader, IsolatedLoader])
+def test_documents_are_the_same_on_any_number_of_ranks_and_after_a_resume(tmp_path, kind):
+    path = documents_file(tmp_path / "d", [5, 1, 19, 7, 3, 3, 12, 2, 6])
+    whole = kind({path: 1.0}, 8, 4, seed=3)
+    parts = [kind({path: 1.0}, 8, 4, seed=3, rank=rank, world=2) for rank in range(2)]
+    for _ in range(5):
+        batch, halves = whole.next(), [part.next() for part in parts]
+        assert (batch.tokens_BS == np.concatenate([half.tokens_BS for half in halves])).all()
+    again = kind({path: 1.0}, 8, 4, seed=3)
+    again.load_state_dict(whole.state_dict())
+    assert (again.next().tokens_BS == whole.next().tokens_BS).all()
+
+
+def test_validation_of_documents_sees_every_piece_in_order(tmp_path):
+    path = documents_file(tmp_path / "d", [3, 2, 9])
+    batches = validation_batches(path, 8, 2, 4, windows=False)
+    tokens = np.concatenate([batch.tokens_BS[batch.segment_ids_BS > 0] for batch in batches])
+    assert sorted(tokens[tokens != EOS].tolist()) == [100, 101, 102, 200, 201, *range(300, 309)]
 
 
 def test_packed_row_by_hand(tmp_path):

@@ -18,10 +18,11 @@ GOOD = {"question": "What is 1 plus 1?", "answer": "2"}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A token file, a folder that passes for a checkpoint until torch is there, and a few problem files."""
-    with TokenFileWriter(tmp_path / "text", vocab_size=512, eos_id=1, tokenizer_hash="0" * 64) as writer:
-        for _ in range(20):
-            writer.add(list(range(2, 62)))
+    """Token files, a folder that passes for a checkpoint until torch is there, and a few problem files."""
+    for kind, mask in (("text", None), ("samples", [0] * 30 + [1] * 30)):
+        with TokenFileWriter(tmp_path / kind, vocab_size=512, eos_id=1, tokenizer_hash="0" * 64, kind=kind) as writer:
+            for _ in range(20):
+                writer.add(list(range(2, 62)), mask)
     model = dataclasses.asdict(preset("model", "tiny"))
     for name, command, changes in (("checkpoint", "sft", {}), ("run/checkpoints/step-00000001", "pretrain", {"num_experts": 32})):
         (tmp_path / name).mkdir(parents=True)
@@ -94,7 +95,7 @@ RL = ("rl", "out={folder}/new", "init={folder}/checkpoint", "rl.rollouts=2")
         (("eval", "data.problems={folder}/good.jsonl"), ["checkpoint", "needed"]),
         ((*PRETRAIN, "out={folder}/run"), ["step-00000001", "num_experts 32 (model.num_experts=16)"]),
         (
-            ("sft", "out={folder}/run", "init={folder}/checkpoint", "data.train={{{folder}/text:1}}", "trainer.steps=2"),
+            ("sft", "out={folder}/run", "init={folder}/checkpoint", "data.train={{{folder}/samples:1}}", "trainer.steps=2"),
             ["sft", "pretrain wrote"],
         ),
         (("chat", "checkpoint={folder}/folder_with_files"), ["checkpoint", "manifest.json"]),

@@ -16,7 +16,7 @@ from tests.train.cases import LENGTH, stored, write_data
 
 SMALL = "model.hidden_size=32 model.num_layers=2 model.num_heads=2 model.num_experts=8 model.moe_ffn_size=16 model.ffn_size=48"
 TRAINER = (
-    "trainer.global_batch_size=8 trainer.micro_batch_size=4 trainer.log_every=1 trainer.peak_tflops=1 trainer.save_every=2 "
+    "trainer.global_batch_size=8 trainer.micro_batch_size=4 trainer.log_every=1 trainer.save_every=2 "
     "optim.lr=1e-3 optim.min_lr=1e-4 optim.warmup_steps=2 launch.processes=2"
 )
 TIMED = ("seconds", "tokens_per_second", "mfu", "peak_gib")
@@ -73,6 +73,17 @@ def compare(command: str, place: Path, out: Path) -> None:
     left, right = stored(checkpoint.resolve(place / f"straight-{command}")), stored(held)
     assert left.keys() == right.keys() and any("exp_avg_sq" in name for name in left)
     assert not [name for name in left if not torch.equal(left[name], right[name])]
+    ours, theirs = (
+        torch.load(folder / "rng.pt", weights_only=True) for folder in (checkpoint.resolve(place / f"straight-{command}"), held)
+    )
+    assert len(ours) == len(theirs) == 2 and all(torch.equal(a["cpu"], b["cpu"]) for a, b in zip(ours, theirs, strict=True))
+    states = [checkpoint.read_state(folder) for folder in (checkpoint.resolve(place / f"straight-{command}"), held)]
+    assert states[0]["cursor"] == states[1]["cursor"] and states[0]["tokens"] == states[1]["tokens"]
+    if command == "rl":
+        references = [
+            torch.load(checkpoint.resolve(run) / "reference.pt", weights_only=True) for run in (place / "straight-rl", held)
+        ]
+        assert all(torch.equal(references[0][name], references[1][name]) for name in references[0])
     assert metric_lines(place / f"straight-{command}") == metric_lines(out)
     assert not list((out / "checkpoints").glob(".step-*")) and not list((out / "checkpoints").glob("damaged-*"))
 

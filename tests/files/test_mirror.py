@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -256,3 +257,41 @@ def test_a_checkpoint_that_is_written_again_is_not_whole_in_between(memory, puts
     monkeypatch.setattr(MemoryFileSystem, "put_file", look)
     mirror.send()
     assert seen == [[], []] and memory.cat_file("/bucket/run/checkpoints/step-00000001/manifest.json") == b'{"new": 1}'
+
+
+def whole_checkpoint(mirror: Mirror, step: int) -> Path:
+    """One whose manifest fits, as the trainer's."""
+    folder = checkpoint(mirror, step)
+    digest = hashlib.sha256((folder / "weights" / ".a").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({"files": {"weights/.a": {"bytes": 2, "sha256": digest}}}))
+    return folder
+
+
+def test_a_url_that_was_emptied_gets_all_again(memory) -> None:
+    mirror = begun()
+    held = whole_checkpoint(mirror, 1)
+    mirror.send()
+    memory.rm("/bucket/run", recursive=True)
+    again = begun()
+    assert held.is_dir(), "the only copy"
+    again.send()
+    assert there(memory) == [".r1mega", "checkpoints/step-00000001/manifest.json", "checkpoints/step-00000001/weights/.a"]
+
+
+def test_a_url_of_another_run_puts_ours_aside(memory, capsys) -> None:
+    mirror = begun()
+    whole_checkpoint(mirror, 1)
+    memory.pipe_file("/bucket/run/.r1mega", json.dumps({"id": "another"}).encode())
+    again = begun()
+    assert not list(again.local.iterdir())
+    (kept,) = again.local.parent.glob(f"{again.local.name}.kept-*")
+    assert (kept / "checkpoints/step-00000001/weights/.a").read_text() == "w1" and str(kept) in capsys.readouterr().err
+
+
+def test_a_damaged_one_here_does_not_hide_the_whole_one_there(memory) -> None:
+    mirror = begun()
+    held = whole_checkpoint(mirror, 1)
+    mirror.send()
+    (held / "weights" / ".a").write_text("x1")
+    begun()
+    assert (held / "weights" / ".a").read_text() == "w1"

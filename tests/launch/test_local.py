@@ -161,3 +161,40 @@ def test_a_command_with_processes_returns_the_first_ranks_result(tmp_path, monke
     result = api.export("checkpoint=given", "launch.processes=2", "dtype=bf16", "name=pair")
     assert result == {"rank": "0", "world": "2", "dtype": "bf16"}
     assert (tmp_path / "runs" / "pair" / "config.yaml").is_file()
+
+
+def test_ranks_that_stop_may_take_their_time(tmp_path, capfd) -> None:
+    """Status 75 of one rank is no failure that ends the others: they save too, and their words are not shown as an error."""
+    body = (
+        "print(f'stopped {rank}', file=sys.stderr)\n"
+        "if rank == 0: time.sleep(1.0); (folder / 'saved').write_text('')\n"
+        "sys.exit(75)"
+    )  # fmt: skip
+    with pytest.raises(LaunchError) as caught:
+        start_ranks(script(tmp_path, body), 2, grace_seconds=0.1, end_seconds=0.1)
+    assert caught.value.status == 75 and (tmp_path / "saved").exists()
+    assert capfd.readouterr().err == "stopped 0\n"
+
+
+def test_a_signal_while_ranks_are_started_reaches_all_of_them(tmp_path, monkeypatch) -> None:
+    """It comes when the first of three ranks is there."""
+    real, started = subprocess.Popen, []
+
+    def popen(*args, **kwargs):
+        process = real(*args, **kwargs)
+        started.append(process)
+        if len(started) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr("r1mega.launch.local.subprocess.Popen", popen)
+    body = (
+        "def note(*_): sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, note)\n"
+        "(folder / f'pid{rank}').write_text('1')\n"
+        "time.sleep(60)"
+    )  # fmt: skip
+    begin = time.monotonic()
+    with pytest.raises((LaunchError, SystemExit)):
+        start_ranks(script(tmp_path, body), 3, grace_seconds=0.2)
+    assert len(started) == 3 and time.monotonic() - begin < 30 and not any(process.poll() is None for process in started)

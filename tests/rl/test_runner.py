@@ -151,7 +151,8 @@ def test_the_process_imports_no_torch(module):
     assert (record["looks.Looks"].value, record["accuracy"].value) == (0.0, 1.0)
 
 
-def test_a_process_that_somebody_kills_is_started_again_and_its_call_made_again() -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_somebody_kills_is_started_again_and_its_call_made_again(number: int) -> None:
     """kill -9 from outside costs no reward; what kills itself does so twice and is a failure."""
     problem = SimpleNamespace(question="1+1", answer="2", source="file", metadata={})
     with RewardRunner({"accuracy": 1.0}, timeout_seconds=20.0) as runner:
@@ -162,7 +163,7 @@ def test_a_process_that_somebody_kills_is_started_again_and_its_call_made_again(
         def kill_soon() -> None:
             for worker in runner._workers:
                 time.sleep(0.05)
-                os.kill(worker.keeper.pid, signal.SIGKILL)
+                os.kill(worker.keeper.pid, number)
                 killed.append(worker.keeper.pid)
 
         thread = threading.Thread(target=kill_soon)

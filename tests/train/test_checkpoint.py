@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -116,12 +118,15 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_fields(copy: Path) ->
 
 def test_an_unfinished_folder_is_not_seen(copy: Path) -> None:
     runs = copy.parent
-    shutil.copytree(copy, runs / "step-00000009")
-    (runs / "step-00000009/manifest.json").unlink()
     shutil.copytree(copy, runs / ".step-00000008.tmp")
+    shutil.copytree(copy, runs / "damaged-step-00000007")
     assert checkpoint.latest(runs) == copy
+    shutil.copytree(copy, runs / "step-00000009")  # finished once, as its name says
+    (runs / "step-00000009/manifest.json").unlink()
     with pytest.raises(UserError, match="got .*step-00000009"):
         checkpoint.resolve(runs / "step-00000009")
+    with pytest.raises(UserError, match=rf"step-00000009: every .* has its manifest.json; got none; use {copy}, the one before"):
+        checkpoint.resolve(runs)
 
 
 def test_a_save_that_is_cut_off_leaves_the_old_one(train_data: Path, tmp_path: Path, monkeypatch) -> None:
@@ -248,16 +253,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(train_data: Path,
     newest = checkpoint.resolve(three)
     wanted = {name: tensor.clone() for name, tensor in stored(newest).items()}
     damage(weights(newest) if part == "weights" else newest / part)
-    gone = damage is Path.unlink and part == "manifest.json"  # without a manifest it was never finished
     config = pretrain_config(train_data, three, 3, save_every=1, keep_last=3)
     assert pretrain(config)["steps"] == 3
     told = capfd.readouterr().err
-    assert gone or (f"checkpoint {newest}: " in told and "going on from step-00000002" in told)
+    assert f"checkpoint {newest}: " in told and "going on from step-00000002" in told
     assert [line["step"] for line in lines(three)] == [1, 2, 3]
     again = stored(checkpoint.resolve(three))
     assert again.keys() == wanted.keys() and all(torch.equal(again[name], wanted[name]) for name in wanted)
     names = sorted(path.name for path in (three / "checkpoints").iterdir())
-    assert names == [*([] if gone else ["damaged-step-00000003"]), "step-00000001", "step-00000002", "step-00000003"]
+    assert names == ["damaged-step-00000003", "step-00000001", "step-00000002", "step-00000003"]
 
 
 def test_two_damaged_ones_are_passed_over_and_all_damaged_ones_end_the_run(train_data: Path, three: Path, capfd) -> None:
@@ -281,6 +285,31 @@ def test_a_damaged_checkpoint_to_start_from_names_the_one_before(three: Path) ->
     flip(weights(folders[2]))
     with pytest.raises(UserError, match=rf"matches its hash; got other content; use {folders[1]}, the one before$"):
         checkpoint.load(fresh(), three, weights_only=True)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/r1mega-was-here",)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (pickle.dumps(Evil()), r"names classes of torch alone; got (posix|os).system, which could run a program of somebody's"),
+        (b"cbuiltins\neval\n(S'1'\ntR.", "names classes of torch alone; got builtins.eval"),
+        (b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x09os.system\x93.", "names classes .* got torch.*os.system"),
+        (b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x02os\x93.", "names classes .* got torch.*filesystem.os"),
+        (b"no pickle", "is a pickle; got "),
+    ],
+)
+def test_metadata_that_would_run_something_is_refused(copy: Path, body: bytes, says: str) -> None:
+    """With a manifest that fits it: who makes the one makes the other."""
+    (copy / "weights/.metadata").write_bytes(body)
+    (copy / "manifest.json").unlink()
+    checkpoint.manifest.write(copy, checkpoint.manifest.hashes(copy))
+    with pytest.raises(UserError, match=says):
+        checkpoint.load(fresh(), copy, weights_only=True)
+    assert not Path("/tmp/r1mega-was-here").exists()
 
 
 def test_what_a_kill_left_behind_goes(train_data: Path, three: Path) -> None:

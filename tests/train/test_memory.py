@@ -23,7 +23,7 @@ def test_who_holds_memory() -> None:
     trainee = Trainee(MODEL, OPTIM, one_rank(), "fp32")
     trainee.allocate_moments()
     kept = torch.zeros(3, 70_001)
-    held = holders(trainee)
+    held = holders(trainee, trainee.mesh)
     numel = {name: parameter.numel() for name, parameter in trainee.module.named_parameters()}
     weights = sum(size for name, size in held.items() if name.startswith("weights "))
     assert weights == held["gradients"] == 4 * sum(numel.values())
@@ -64,7 +64,7 @@ def test_a_run_that_is_out_of_memory_says_who_holds_it(train_data: Path, tmp_pat
 
 def test_other_errors_pass(tmp_path: Path) -> None:
     trainee = Trainee(MODEL, OPTIM, one_rank(), "fp32")
-    with pytest.raises(RuntimeError, match="^another$"), watched(trainee, tmp_path, "x"):
+    with pytest.raises(RuntimeError, match="^another$"), watched(trainee.mesh, tmp_path, "x"):
         raise RuntimeError("another")
     assert not (tmp_path / "memory").exists()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from r1mega.cli import STOPPED
-from r1mega.config.errors import Stopped
+from r1mega.config.errors import Stopped, UserError
 from r1mega.train import checkpoint, stop
 from tests.train.cases import LENGTH, one_rank, stored, write_data
 
@@ -25,7 +25,7 @@ def overrides(data: Path, out: Path, processes: int, steps: int) -> list[str]:
     return [
         "pretrain", "model=tiny", *sizes.split(), f"tokenizer={data}/tok", f"out={out}", f"data.train={{{data}/text: 1}}",
         f"data.sequence_length={LENGTH}", f"trainer.steps={steps}", "trainer.global_batch_size=8", "trainer.micro_batch_size=4",
-        "trainer.log_every=1", "trainer.peak_tflops=1", "optim.warmup_steps=2", "optim.lr=1e-3", "optim.decay=constant", f"launch.processes={processes}",
+        "trainer.log_every=1", "optim.warmup_steps=2", "optim.lr=1e-3", "optim.decay=constant", f"launch.processes={processes}",
     ]  # fmt: skip
 
 
@@ -34,6 +34,11 @@ def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "r1mega", *arguments], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+
+
+def rng(run: Path) -> list[list[int]]:
+    """The generators' states by rank."""
+    return [state["cpu"].tolist() for state in torch.load(checkpoint.resolve(run) / "rng.pt", weights_only=True)]
 
 
 def steps_made(out: Path) -> int:
@@ -61,8 +66,24 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(tmp_path: Path
         subprocess.run([sys.executable, "-m", "r1mega", *arguments], cwd=ROOT, check=True, capture_output=True)
     left, right = (stored(checkpoint.resolve(tmp_path / name)) for name in ("run", "straight"))
     assert left.keys() == right.keys() and not [name for name in left if not torch.equal(left[name], right[name])]
+    assert rng(tmp_path / "run") == rng(tmp_path / "straight")
     states = [checkpoint.read_state(checkpoint.resolve(tmp_path / name)) for name in ("run", "straight")]
     assert states[0]["step"] == held + 4 and states[0]["cursor"] == states[1]["cursor"]
+
+
+def test_an_error_after_the_signal_is_told() -> None:
+    """A save that fails after SIGTERM says so; the signal does not hide it."""
+    mesh = one_rank()
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: got.append(number))
+    try:
+        with pytest.raises(UserError, match="the disk"), stop.heeding():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.asked(mesh)
+            raise UserError("the disk is full")
+        assert not got
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_signal_that_comes_too_late_takes_its_usual_course(monkeypatch) -> None:

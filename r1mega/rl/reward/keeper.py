@@ -101,7 +101,7 @@ def watch(child: int, parent: int) -> int:
     while True:
         got = signal.sigtimedwait(WATCHED, TICK_SECONDS)
         if (got and got.si_signo == signal.SIGTERM) or os.getppid() != parent:
-            return 0
+            return 128 + signal.SIGTERM  # whoever sent it: a cluster signals every process of a job
         ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended:
             return exit_status(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status)

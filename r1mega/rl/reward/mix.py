@@ -7,6 +7,7 @@ counts) to weights of their own. The first pattern that matches, in the order th
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -15,6 +16,8 @@ from typing import Any
 
 from r1mega.rl.types import RewardRecord
 
+FAILURES = "reward_failures.jsonl"
+"""In a run's folder; see :func:`write_failures`."""
 MOST_FAILURES = 20
 """Failures written down a rollout and rank."""
 
@@ -47,6 +50,20 @@ def by_reward(
         if count:
             found[name] = [record[name].value if name in record else value / count for record in records]
     return found
+
+
+def keep_failures(path: Path, done: int) -> None:
+    """Drop the failures of rollouts after ``done``, which are made again, and a line that a killed process left half."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["rollout"] <= done:
+                kept.append(line)
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)
 
 
 def write_failures(

@@ -176,7 +176,7 @@ class RewardRunner:
         worker = self._workers[slot]
         self._end(worker)
         first = worker.calls[0] if worker.calls else -1
-        early = time.monotonic() - worker.entered < self.timeout_seconds / 2  # a second try still ends within the limit
+        early = time.monotonic() - worker.entered < min(0.5, self.timeout_seconds / 2)  # a second try still ends in time
         if worker.was_killed and early and first not in self._killed:
             # By somebody else, most likely; a reward that kills itself does so again.
             self._killed.add(first)
@@ -185,8 +185,11 @@ class RewardRunner:
             self._workers[slot] = self._start()
             return
         if worker.phase in ("starting", "warming"):
-            what = "for a process to start" if worker.phase == "starting" else f"to load what {_sources(worker, calls)} needs"
-            raise UserError(f"reward.memory_bytes: enough {what}; got {self.memory_bytes} ({failure}); raise it")
+            what = "starts" if worker.phase == "starting" else f"loads what {_sources(worker, calls)} needs"
+            if failure.startswith("memory limit"):
+                raise UserError(f"reward.memory_bytes: enough that a process {what}; got {self.memory_bytes} ({failure}); raise it")
+            way_out = f"see what its rewards ({', '.join(self.names)}) do when they are built, or leave one out of reward.weights"
+            raise UserError(f"reward.weights: rewards whose process {what}; got {failure}; {way_out}")
         seconds = time.monotonic() - worker.entered
         records[worker.calls.popleft()] = RewardRecord(0.0, seconds, failure)
         if worker.calls:
