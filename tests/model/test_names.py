@@ -64,7 +64,7 @@ CASES = {
 def randomise(policy: Policy) -> None:
     """Expert biases and norm weights that are not what a fresh model has."""
     draw = torch.Generator().manual_seed(3)
-    for name, tensor in policy._trainee.named_tensors():
+    for name, tensor in policy.trainee.named_tensors():
         if name.endswith("expert_bias"):
             tensor.copy_(0.1 * torch.randn(tensor.shape, generator=draw))
         elif "norm" in name:

@@ -212,7 +212,7 @@ def loop(place: Path, tmp_path: Path):
 
 
 def weights(run: RlLoop) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in run.policy._trainee.named_tensors()}
+    return {name: tensor.clone() for name, tensor in run.policy.trainee.named_tensors()}
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
