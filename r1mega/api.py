@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -86,6 +87,7 @@ def run(command: str, overrides: Iterable[str] | Any = ()) -> Any:
     if is_first and entry.saves:
         from r1mega.config.compose import save_config
 
+        _tell_changes(view.given, config.out)
         save_config(view.given, config.out, overrides=arguments or (), choices=choices)
         provenance.record(view.given, config.out, command, arguments)
     result_file = os.environ.pop(RESULT_VARIABLE, None)
@@ -156,6 +158,32 @@ def _check_checkpoints(command: str, config: Any) -> None:
             manifest.check_same_command(command, held)
             if command == "pretrain":
                 manifest.check_same_model(config.model, held)
+
+
+def _tell_changes(config: Any, folder: str) -> None:
+    """On stderr, a line a key: what a run that goes on does from now on otherwise. How it is started and shown is not told."""
+    from r1mega.config.compose import load_config
+
+    if manifest.latest(Path(folder) / "checkpoints") is None:
+        return
+    try:
+        before = _flat(dataclasses.asdict(load_config(folder)))
+    except (UserError, OSError):  # the config of another version, or none
+        return
+    for key, value in _flat(dataclasses.asdict(config)).items():
+        if (
+            key in before
+            and before[key] != value
+            and key.partition(".")[0] not in ("launch", "log", "profile", "debug", "out", "name")
+        ):
+            print(f"going on with {key}={value}, which was {before[key]} until here", file=sys.stderr)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _run_ranks(command: str, arguments: Iterable[str] | None, processes: int, env: dict[str, str]) -> Any:

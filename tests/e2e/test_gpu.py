@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from r1mega import api
+from r1mega.config.errors import UserError
 from r1mega.data.tokenfile import TokenFileWriter
 from r1mega.data.tokenizer import encode_sample, make_response, train_tokenizer
 
@@ -82,3 +83,46 @@ def test_pretrain_sft_rl_eval_export_on_one_gpu(data: Path, tmp_path: Path, prec
     assert 0.0 <= found["pass_at_1"] <= 1.0
     api.export("device=cuda", f"precision={precision}", f"checkpoint={tmp_path}/r", f"out={tmp_path}/x")
     assert (tmp_path / "x" / "hf" / "model.safetensors").is_file()
+
+
+def tiny(data: Path, out: Path, *more: str) -> list[str]:
+    """Overrides of a short pretraining of ``tiny`` on the GPU."""
+    sizes = ["data.sequence_length=128", "trainer.global_batch_size=16", "trainer.micro_batch_size=8", "trainer.log_every=1"]
+    place = ["device=cuda", "precision=bf16", f"out={out}", f"tokenizer={data}/tokenizer", f"data.train={{{data}/text:1}}"]
+    return ["model=tiny", *place, *sizes, "optim.lr=2e-3", "optim.warmup_steps=2", *more]
+
+
+def test_two_runs_give_the_same_bits_when_asked(data: Path, tmp_path: Path) -> None:
+    """The switch that is on by default on a CPU. The process keeps what it sets, so the run is made twice in this one."""
+    told = []
+    for name in ("a", "b"):
+        api.pretrain(*tiny(data, tmp_path / name, "trainer.steps=10", "device.deterministic=true"))
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        manifest = json.loads(next((tmp_path / name / "checkpoints").glob("step-*/manifest.json")).read_text())["files"]
+        shards = {file: entry["sha256"] for file, entry in manifest.items() if file.endswith(".distcp")}
+        told.append(([(line["lm_loss"], line["grad_norm"]) for line in lines], shards))
+    assert told[0] == told[1] and told[0][1]
+
+
+def test_a_trace_names_kernels(data: Path, tmp_path: Path) -> None:
+    api.pretrain(*tiny(data, tmp_path / "run", "trainer.steps=5", "profile=true"))
+    events = json.loads((tmp_path / "run/profile/rank0.json").read_text())["traceEvents"]
+    assert any(event.get("cat") == "kernel" for event in events)
+    assert "CUDA" in (tmp_path / "run/profile/rank0.txt").read_text()
+
+
+def test_a_gpu_that_is_full_says_who_holds_it(data: Path, tmp_path: Path) -> None:
+    """The process may have 1.5 GiB; a step of 512 sequences wants more."""
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 1.5 * 2**30) / total)
+    try:
+        sizes = ["trainer.micro_batch_size=512", "trainer.global_batch_size=512", "trainer.steps=2"]
+        with pytest.raises(UserError, match=r"^memory: a step fits; got .*; lower trainer.micro_batch_size .* held .* GiB, "):
+            api.pretrain(*tiny(data, tmp_path / "run", *sizes))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "weights" in (tmp_path / "run/memory/rank0.txt").read_text()
+    assert (tmp_path / "run/memory/rank0.pickle").stat().st_size > 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from r1mega import api
 from r1mega.config.errors import UserError
 from r1mega.data.loader import PretrainLoader, SftLoader
 from r1mega.data.tokenizer import train_tokenizer
@@ -164,3 +165,18 @@ def test_sft_changes_training_fields_alone(seed_run: Path) -> None:
     assert tuned_model(path, {"mtp_loss_coef": 0.1}) == replace(MODEL, mtp_loss_coef=0.1)
     with pytest.raises(UserError, match="model.num_layers: .*training fields alone"):
         tuned_model(path, {"num_layers": 3})
+
+
+def test_a_run_that_goes_on_tells_what_is_new(train_data: Path, tmp_path: Path, capfd) -> None:
+    config = pretrain_config(train_data, tmp_path / "run", 2)
+    api.pretrain(config)
+    assert "going on" not in capfd.readouterr().err
+    config = pretrain_config(train_data, tmp_path / "run", 3)
+    config.optim = replace(OPTIM, lr=1e-3)
+    config.launch = replace(config.launch, timeout_seconds=99.0)
+    api.pretrain(config)
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("going on")]
+    assert told == [
+        "going on with optim.lr=0.001, which was 0.002 until here",
+        "going on with trainer.steps=3, which was 2 until here",
+    ]
