@@ -88,12 +88,6 @@ def compare(command: str, place: Path, out: Path) -> None:
     assert not list((out / "checkpoints").glob(".step-*")) and not list((out / "checkpoints").glob("damaged-*"))
 
 
-@pytest.mark.parametrize("command", ["pretrain", "rl"])
-def test_two_kills(place: Path, tmp_path: Path, command: str) -> None:
-    """A sample of what test_thirty_kills does."""
-    check(command, place, tmp_path / command, moments=2, seed=1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["pretrain", "sft", "rl"])
 def test_thirty_kills(place: Path, tmp_path: Path, command: str) -> None:

@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(train_data: Pa
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") is None
 
 
-@pytest.mark.parametrize("bytes_left", [0, 60_000, 150_000])
+@pytest.mark.parametrize("bytes_left", [0, *(pytest.param(size, marks=pytest.mark.slow) for size in (60_000, 150_000))])
 def test_a_file_system_that_refuses_leaves_the_last_checkpoint(train_data: Path, tmp_path: Path, bytes_left: int) -> None:
     """A real refusal while tensors are written (a limit on file sizes), in Megatron's writer and in ours."""
     out = tmp_path / "run"
@@ -247,8 +247,17 @@ def three(train_data: Path, tmp_path: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("part", ["weights", "state.json", "manifest.json"])
-@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+@pytest.mark.parametrize(
+    ("damage", "part"),
+    [
+        (truncate, "weights"),
+        (flip, "weights"),
+        (Path.unlink, "weights"),
+        (Path.unlink, "manifest.json"),
+        (truncate, "state.json"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((flip, "manifest.json"), (truncate, "manifest.json"))),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(train_data: Path, three: Path, damage, part: str, capfd) -> None:
     newest = checkpoint.resolve(three)
     wanted = {name: tensor.clone() for name, tensor in stored(newest).items()}

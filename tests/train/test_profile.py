@@ -11,7 +11,7 @@ from r1mega.train.pretrain import pretrain
 from tests.train.cases import pretrain_config
 
 
-@pytest.mark.parametrize("steps", [3, 9])
+@pytest.mark.parametrize("steps", [3, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_traced_run(train_data: Path, tmp_path: Path, steps: int) -> None:
     config = pretrain_config(train_data, tmp_path / "run", steps)
     config.data.valid, config.profile = None, True
