@@ -97,8 +97,11 @@ def save(
     _together(mesh, aside, prepare if mesh.is_first else None)
     try:
         _save_tensors(trainee, aside / "weights")
-    except (Exception, CheckpointException) as error:  # noqa: BLE001 - on all ranks, or on one, whose end then ends the others
-        raise UserError(_unwritten(mesh, aside, error)) from error
+    except (OSError, RuntimeError, CheckpointException) as error:  # on all ranks, or on one, whose end then ends the others
+        told = _unwritten(mesh, aside, error)
+        if mesh.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(told) from error
     _together(mesh, aside, describe if mesh.is_first else None)
     entries = _together(mesh, aside, lambda: manifest.hashes(aside, mesh.rank, mesh.world_size))
     merged = {name: entry for part in mesh.gather_everywhere(entries) for name, entry in part.items()}
@@ -115,7 +118,10 @@ def _save_tensors(trainee: Trainee, folder: Path) -> None:
 
 
 def _together(mesh: Mesh, aside: Path, action: Callable[[], Any] | None) -> Any:
-    """Run this rank's part of a save; where it fails on one rank, all raise UserError and the unfinished folder goes."""
+    """Run this rank's part of a save; where it fails on one rank, all raise UserError and the unfinished folder goes.
+
+    That gives a full disk its room back.
+    """
     value, failure = None, ""
     try:
         value = action() if action else None
@@ -131,9 +137,9 @@ def _together(mesh: Mesh, aside: Path, action: Callable[[], Any] | None) -> Any:
 
 
 def _unwritten(mesh: Mesh, aside: Path, error: BaseException) -> str:
-    """What to tell of a save that failed; removes what it had written, which gives a full disk its room back."""
-    if mesh.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
+    """What to tell of a save that the disk failed. Raises ``error`` itself where memory ran out: that is no fault of the disk."""
+    if mesh.device.is_out_of_memory(error):
+        raise error
     told = error.strerror if isinstance(error, OSError) else None
     if not told:  # Megatron packs what its writer met into a text
         found = re.search(r"(?:\[Errno \d+\] |Worker failure: )([^\n]+)", str(error).replace("Worker failure: [Errno", "[Errno"))
@@ -147,10 +153,13 @@ def _unwritten(mesh: Mesh, aside: Path, error: BaseException) -> str:
 
 
 def _publish(aside: Path, entries: dict[str, dict[str, Any]], final: Path, keep_last: int) -> None:
-    """Manifest, rename, and away with older ones. At no moment is there no whole checkpoint where there was one."""
+    """Manifest, rename, and away with older ones, which go only when the new one stands.
+
+    A run never writes the same step twice; one who does has, between two renames, neither of them under its name.
+    """
     folder = aside.parent
     manifest.write(aside, entries)
-    if final.exists():  # one that is written again: it goes only when the new one stands
+    if final.exists():
         final.rename(folder / f".{final.name}.old")
     aside.rename(final)
     _sync(folder)

@@ -214,6 +214,17 @@ def test_a_file_system_that_refuses_leaves_the_last_checkpoint(train_data: Path,
     assert pretrain(config)["steps"] == 2
 
 
+def test_a_defect_while_saving_is_not_called_a_full_disk(train_data: Path, tmp_path: Path, monkeypatch) -> None:
+    for error, says in ((KeyError("ours"), "ours"), (torch.OutOfMemoryError("no memory"), "^memory: a step fits; got no memory")):
+
+        def fail(trainee, folder, error=error):
+            raise error
+
+        with monkeypatch.context() as patch, pytest.raises((KeyError, UserError), match=says):
+            patch.setattr(checkpoint, "_save_tensors", fail)
+            pretrain(pretrain_config(train_data, tmp_path / "run", 1))
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system of 3 MiB of its own, where this machine lets us make one."""
