@@ -26,12 +26,13 @@ BIN := $(VENV)/bin
 .venv: $(VENV)/.complete
 
 # The stamp is written last: a .venv without it is half made and is made again. A newer pyproject.toml only updates what is there.
-$(VENV)/.complete: pyproject.toml setup.py
+$(VENV)/.complete: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	@test -n "$(PYTHON)" || { echo "PYTHON: 3.11 or 3.12; got neither on PATH; install one or pass PYTHON=/path/to/python"; exit 2; }
 	@test -e $@ || rm -rf $(VENV)
 	@test -e $@ || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(TORCH)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e ".[dev]"
+	-@$(BIN)/python setup.py -q build_ext --inplace > $(VENV)/build_ext.log 2>&1 || echo "no C++ kernels ($(VENV)/build_ext.log says why); plain torch does their work"
 	@touch $@
 
 quickstart: .venv
@@ -50,4 +51,5 @@ lint: .venv
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -f r1mega/_C*.so
 	find r1mega tests configs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -62,6 +62,9 @@ COMMANDS: dict[str, Command] = {
         "r1mega.report.compare:compare", "what differs between runs, and their curves", all_ranks=False, saves=False
     ),
     "chat": Command("r1mega.eval.chat:chat", "talk to a checkpoint", saves=False),
+    "timeline": Command(
+        "r1mega.report.timeline:timeline", "what each rank of a pipeline does when, and its idle time", all_ranks=False, saves=False
+    ),
     "doctor": Command("r1mega.doctor.report:doctor", "what is here and usable, what is missing", all_ranks=False, saves=False),
     "completion": Command(
         "r1mega.config.completion:completion", "a script that completes the command line", all_ranks=False, saves=False
@@ -151,7 +154,9 @@ def _check_checkpoints(command: str, config: Any) -> None:
     """Is there a checkpoint to start from, is the one to go on from this command's and of this model? Before torch is imported."""
     given = getattr(config, "init", None) or getattr(config, "checkpoint", None)
     if given is not None:
-        manifest.read_model(given)
+        model = manifest.read_model(given)
+        if command == "sft":
+            rules.check_cut(config, model)
     if command in ("pretrain", "sft", "rl"):
         held = manifest.latest_readable(Path(config.out) / "checkpoints")
         if held is not None:
@@ -256,6 +261,11 @@ def compare(*overrides: Any) -> Any:
 def chat(*overrides: Any) -> Any:
     """Talk to a checkpoint; overrides as texts, or one ChatConfig."""
     return _call("chat", overrides)
+
+
+def timeline(*overrides: Any) -> Any:
+    """A schedule drawn: ``timeline("run=runs/x")`` or ``timeline("pipeline=zb1p", "ranks=4")``, or one TimelineConfig."""
+    return _call("timeline", overrides)
 
 
 def doctor(*overrides: Any) -> Any:

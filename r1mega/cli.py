@@ -1,8 +1,8 @@
 """``r1mega COMMAND [group=choice] [key=value] ...``: arguments in, exit status out. Owns flags, help and how errors look.
 
-Status 0 done, 1 a job of a sweep failed or doctor found something required that does not work, 2 wrong input (one line a fault, no
-traceback unless ``debug=true``), 75 SIGTERM came and the run is saved, so that the same command goes on (EX_TEMPFAIL), 130 Ctrl-C,
-a failed rank's own status. Any other error is a defect of ours and keeps its traceback.
+Status 0 done, 1 a job of a sweep failed, doctor found something required that does not work, or a rank has lost another one, 2
+wrong input (one line a fault, no traceback unless ``debug=true``), 75 SIGTERM came and the run is saved, so that the same command
+goes on (EX_TEMPFAIL), 130 Ctrl-C, a failed rank's own status. Any other error is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from r1mega.api import COMMANDS, checked, run
 from r1mega.config.errors import STOPPED, Stopped, UserError
 from r1mega.config.schema import schema
 
-USER_ERROR, INTERRUPTED = 2, 130
+LOST, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where, got = error.filename or "disk", error.strerror or str(error) or type(error).__name__
             print(f"{where}: can be read and written; got {got}; give another path, or make room or rights there", file=sys.stderr)
         return USER_ERROR
+    except RuntimeError as error:
+        told = _lost_rank(error)
+        if told is None or _wants_traceback(arguments):
+            raise
+        print(told, file=sys.stderr)
+        return LOST
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return STOPPED
@@ -88,6 +94,12 @@ def _main(arguments: list[str]) -> int:
             print(error, file=sys.stderr)
         return error.status
     return 0
+
+
+def _lost_rank(error: RuntimeError) -> str | None:
+    """The line that names the rank because of which a collective of this one has failed; None for any other error."""
+    watch = sys.modules.get("r1mega.mesh.watch")  # there where this process is one of several ranks
+    return None if watch is None else watch.explain(error)
 
 
 def _flags(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -17,7 +17,10 @@ from r1mega.config.errors import UserError
 
 KINDS = {
     "advantage": "r1mega.rl.advantage",
+    "balance": "r1mega.model.balance",
+    "dispatcher": "r1mega.model.dispatch",
     "engine": "r1mega.rl.engine",
+    "pipeline": "r1mega.train.pipeline",
     "policy_loss": "r1mega.rl.loss",
     "reward": "r1mega.rl.reward",
 }

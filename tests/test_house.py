@@ -50,6 +50,8 @@ LIGHT = (
     "r1mega.launch.sweep",
     "r1mega.config.completion",
     "r1mega.doctor.report",
+    "r1mega.report.timeline",
+    "r1mega.train.pipeline.simulate",
     *sorted(registry.KINDS.values()),
 )
 

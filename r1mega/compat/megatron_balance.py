@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-_items = 1
+_items: float = 1
 
 
 @contextlib.contextmanager
-def items(count: int) -> Iterator[None]:
-    """Inside, forward passes belong to a microbatch whose main loss is a sum of ``count`` items."""
+def items(count: float) -> Iterator[None]:
+    """Inside, forward passes belong to a microbatch whose balance loss weighs ``count`` items of the main loss."""
     global _items
     before, _items = _items, count
     try:

@@ -67,7 +67,9 @@ def yaml_defaults(command: str, groups: Mapping[str, str], config_dir: Path) -> 
     for group, name in groups.items():
         path = config_dir / group / f"{name}.yaml"
         if path.is_file():
-            found |= _flat(yaml.safe_load(path.read_text(encoding="utf-8")), f"{group}.")
+            text = path.read_text(encoding="utf-8")
+            # a phase sets keys of the whole config, as Hydra's own comment in it says
+            found |= _flat(yaml.safe_load(text) or {}, "" if "@package _global_" in text else f"{group}.")
     body = yaml.safe_load((config_dir / f"{command}.yaml").read_text(encoding="utf-8"))
     return found | _flat({name: value for name, value in body.items() if name != "defaults"}, "")
 

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from r1mega.config.errors import UserError, Violation
 from r1mega.config.model import ModelConfig
 from r1mega.config.run import ParallelConfig
+from r1mega.config.stages import stage_violations
 
 
 def divisors(number: int) -> tuple[int, ...]:
-    """Divisors of ``number`` in rising order."""
-    return tuple(value for value in range(1, number + 1) if number % value == 0)
+    """Divisors of ``number`` in rising order; above 10^12 not those between a million and ``number`` over a million."""
+    small = [value for value in range(1, min(math.isqrt(number), 10**6) + 1) if number % value == 0]
+    return tuple(sorted({*small, *(number // value for value in small)}))
 
 
 def near(values: tuple[int, ...], wanted: int, num: int = 3) -> tuple[int, ...]:
@@ -31,17 +33,20 @@ def multiples(step: int, wanted: int) -> tuple[int, ...]:
     return (low, low + step) if low else (step,)
 
 
-def check_model(model: ModelConfig, parallel: ParallelConfig | None = None) -> None:
+def check_model(model: ModelConfig, parallel: ParallelConfig | None = None, num_stages: int | None = None) -> None:
     """Raise UserError, a line each, for an architecture that cannot be built or cut into these ranks (a checkpoint's model too)."""
-    lines = [str(found) for found in model_violations(model, parallel or ParallelConfig())]
+    lines = [str(found) for found in model_violations(model, parallel or ParallelConfig(), num_stages=num_stages)]
     if lines:
         raise UserError("\n".join(lines))
 
 
-def model_violations(model: ModelConfig, parallel: ParallelConfig, world: int = 0) -> Iterator[Violation]:
+def model_violations(
+    model: ModelConfig, parallel: ParallelConfig, world: int = 0, num_stages: int | None = None
+) -> Iterator[Violation]:
     """Every broken rule of ``model`` under ``parallel``. Fields are assumed to keep their own rules.
 
-    ``world``: processes of the run, which limits the degrees that a way out may name; 0 where nobody knows yet.
+    ``world``: processes of the run, which limits the degrees that a way out may name; 0 where nobody knows yet. ``num_stages``:
+    pipeline stages over all ranks; None: one a pipeline rank.
     """
     m = model
     if m.qk_rope_head_dim % 2:
@@ -61,6 +66,7 @@ def model_violations(model: ModelConfig, parallel: ParallelConfig, world: int = 
     if m.first_k_dense < m.num_layers or m.num_mtp_layers:
         yield from _router(m)
     yield from _cut(m, parallel, world)
+    yield from _stages(m, parallel, world, num_stages or parallel.pipeline)
 
 
 def _router(m: ModelConfig) -> Iterator[Violation]:
@@ -110,8 +116,8 @@ def _routing_fault(m: ModelConfig) -> tuple[str, str] | None:
 
 def _cut(m: ModelConfig, parallel: ParallelConfig, world: int) -> Iterator[Violation]:
     """Degrees against the architecture. gcd(n, 0) is n: without a world every divisor is a way out."""
-    tensor, pipeline = parallel.tensor, parallel.pipeline
-    tensor_ranks, stages = world // (pipeline * parallel.context), world // (tensor * parallel.context)
+    tensor, expert, inside = parallel.tensor, parallel.expert, parallel.expert_tensor
+    tensor_ranks, expert_ranks = world // (parallel.pipeline * parallel.context), world // parallel.pipeline
     for name in ("num_heads", "vocab_size", "ffn_size"):
         value = getattr(m, name)
         if value % tensor:
@@ -123,13 +129,36 @@ def _cut(m: ModelConfig, parallel: ParallelConfig, world: int) -> Iterator[Viola
         rule = f"num_shared_experts x moe_ffn_size is a multiple of parallel.tensor {tensor}"
         degrees = near(divisors(math.gcd(shared, tensor_ranks)), tensor)
         yield Violation("model.moe_ffn_size", rule, shared, (("parallel.tensor", degrees),))
-    if m.num_experts % parallel.expert:
-        degrees = near(divisors(math.gcd(m.num_experts, world // pipeline)), parallel.expert, 6)
-        yield Violation(
-            "parallel.expert", f"divides model.num_experts {m.num_experts}", parallel.expert, (("parallel.expert", degrees),)
-        )
-    if m.num_layers % pipeline:
-        degrees = near(divisors(math.gcd(m.num_layers, stages)), pipeline)
-        yield Violation(
-            "parallel.pipeline", f"divides model.num_layers {m.num_layers}", pipeline, (("parallel.pipeline", degrees),)
-        )
+    if m.num_experts % expert:
+        degrees = near(divisors(math.gcd(m.num_experts, expert_ranks // inside)), expert, 6)
+        yield Violation("parallel.expert", f"divides model.num_experts {m.num_experts}", expert, (("parallel.expert", degrees),))
+    if m.moe_ffn_size % inside:
+        degrees = near(divisors(math.gcd(m.moe_ffn_size, expert_ranks // expert)), inside)
+        rule = f"divides model.moe_ffn_size {m.moe_ffn_size}"
+        yield Violation("parallel.expert_tensor", rule, inside, (("parallel.expert_tensor", degrees),))
+
+
+def suits(m: ModelConfig, axis: str, degree: int) -> bool:
+    """True where ``m`` can be cut into ``degree`` parts along ``axis``: for ways out that name one."""
+    if axis == "pipeline":
+        return degree <= m.num_layers
+    sizes = {
+        "tensor": (m.num_heads, m.vocab_size, m.ffn_size, m.num_shared_experts * m.moe_ffn_size),
+        "expert": (m.num_experts,),
+        "expert_tensor": (m.moe_ffn_size,),
+    }
+    return all(size % degree == 0 for size in sizes.get(axis, ()))
+
+
+def _stages(m: ModelConfig, parallel: ParallelConfig, world: int, num_stages: int) -> Iterator[Violation]:
+    """Pipeline stages against the layers: as many layers a stage as one likes, but one at least."""
+    if num_stages <= m.num_layers:
+        yield from stage_violations(m, num_stages, parallel.stages)
+        return
+    ranks, chunks = parallel.pipeline, num_stages // parallel.pipeline
+    others = math.lcm(parallel.tensor * parallel.context, parallel.expert * parallel.expert_tensor)
+    fits = tuple(num for num in range(1, m.num_layers // chunks + 1) if world // others % num == 0)
+    rule = f"at most a stage a layer: parallel.pipeline x {chunks} stages a rank is at most model.num_layers {m.num_layers}"
+    got = f"{ranks} x {chunks} = {num_stages}" if chunks > 1 else ranks
+    fixes = (("parallel.pipeline", near(fits, ranks)), ("model.num_layers", (num_stages,)))
+    yield Violation("parallel.pipeline", rule if chunks > 1 else f"at most model.num_layers {m.num_layers}", got, fixes)

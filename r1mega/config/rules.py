@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-import os
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -17,10 +16,21 @@ from typing import Any
 from r1mega import registry
 from r1mega.config.errors import UserError, Violation, nearest
 from r1mega.config.knob import REQUIRED
+from r1mega.config.launch_rules import launch_violations
 from r1mega.config.model import ModelConfig
 from r1mega.config.model_rules import divisors, model_violations, multiples, near
+from r1mega.config.parallel_rules import (
+    batch_violations,
+    choice_violations,
+    data_ranks,
+    layout_violations,
+    length_violations,
+    num_stages,
+    whole_model_violations,
+    world_size,
+)
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RewardConfig, RlConfig
-from r1mega.config.run import ComputeConfig, LogConfig, ParallelConfig
+from r1mega.config.run import ComputeConfig, LogConfig
 from r1mega.config.schema import plain_type
 from r1mega.config.train import TUNABLE_MODEL_FIELDS, OptimConfig, PretrainConfig, SftConfig
 
@@ -32,22 +42,9 @@ _PATHS = {list: "[PATH]", dict: "{PATH: 1}"}
 
 def check(config: Any) -> None:
     """Raise UserError, one line a broken rule of ``config``; rules across sections wait until each field is right."""
-    found = list(field_violations(config)) or list(_not_there_yet(config)) or list(cross_violations(config))
+    found = list(field_violations(config)) or list(cross_violations(config))
     if found:
         raise UserError("\n".join(map(str, found)))
-
-
-def _not_there_yet(config: Any) -> Iterator[Violation]:
-    """Degrees that Megatron-Core has and this trainer does not serve yet."""
-    for axis in ("pipeline", "context") if isinstance(config, ComputeConfig) else ():
-        degree, key = getattr(config.parallel, axis), f"parallel.{axis}"
-        if degree > 1:
-            yield Violation(key, "1: the trainer does not serve this axis yet", degree, ((key, (1,)),), "and more data ranks")
-
-
-def world_size(config: ComputeConfig) -> int:
-    """Processes of the run: WORLD_SIZE where someone has started them, otherwise ``launch.processes``."""
-    return int(os.environ.get("WORLD_SIZE") or config.launch.processes)
 
 
 def field_violations(config: Any, prefix: str = "") -> Iterator[Violation]:
@@ -94,16 +91,20 @@ def shown_number(value: int) -> str:
 def cross_violations(config: Any) -> Iterator[Violation]:
     """Broken rules between sections, for whichever sections the command has."""
     if isinstance(config, ComputeConfig):
-        yield from _layout(config)
+        yield from launch_violations(config)
+        yield from layout_violations(config)
         yield from _log(config.log)
+    if isinstance(config, PretrainConfig | SftConfig):
+        yield from choice_violations(config)
     if isinstance(config, PretrainConfig):
-        yield from model_violations(config.model, config.parallel, world_size(config))
+        yield from _cut(config, config.model)
         yield from _length(config)
     if isinstance(config, SftConfig | RlConfig):
         yield from _tunable(config.model)
     if isinstance(config, PretrainConfig | SftConfig):
         yield from _blend(config)
-        yield from _batch(config)
+        yield from length_violations(config)
+        yield from batch_violations(config)
         yield from _schedule(config.optim, config.trainer.steps, "trainer.steps")
     if isinstance(config, RlConfig):
         yield from _loop(config)
@@ -113,51 +114,27 @@ def cross_violations(config: Any) -> Iterator[Violation]:
     if isinstance(config, RlConfig | EvalConfig):
         yield from _reward_options(config.reward.options)
     if isinstance(config, RlConfig | EvalConfig | ChatConfig | ExportConfig):
-        yield from _whole_weights(config)
+        yield from whole_model_violations(config)
     if isinstance(config, ChatConfig) and world_size(config) > 1:
         yield Violation("launch.processes", "1, a conversation has one terminal", world_size(config), (("launch.processes", (1,)),))
 
 
-def _layout(config: ComputeConfig) -> Iterator[Violation]:
-    """Degrees against the number of processes."""
-    p, world = config.parallel, world_size(config)
-    source = "WORLD_SIZE" if os.environ.get("WORLD_SIZE") else "launch.processes"
-    replica = p.tensor * p.pipeline * p.context
-    if world % replica:
-        fixes = []
-        for axis in ("tensor", "pipeline", "context"):
-            others = replica // getattr(p, axis)
-            if getattr(p, axis) > 1 and world % others == 0:
-                fixes.append((f"parallel.{axis}", near(divisors(world // others), getattr(p, axis))))
-        fixes += [("launch.processes", multiples(replica, world))] if source == "launch.processes" else []
-        rule = f"tensor x pipeline x context divides {source} {world}"
-        yield Violation("parallel", rule, f"{p.tensor} x {p.pipeline} x {p.context} = {replica}", tuple(fixes))
-    elif world // p.pipeline % p.expert:
-        degrees = near(divisors(world // p.pipeline), p.expert)
-        yield Violation(
-            "parallel.expert",
-            f"divides {source} / parallel.pipeline, {world // p.pipeline}",
-            p.expert,
-            (("parallel.expert", degrees),),
-        )
+def check_cut(config: PretrainConfig | SftConfig, model: ModelConfig) -> None:
+    """Raise UserError, a line each, where ``model`` (of a checkpoint: no rule has seen it yet) cannot be cut as ``config`` says."""
+    found = list(_cut(config, model))
+    if found:
+        raise UserError("\n".join(map(str, found)))
 
 
-def _whole_weights(config: ComputeConfig) -> Iterator[Violation]:
-    """A rank hands whole weights to its engine or its file."""
-    axes = ("tensor", "pipeline", "expert", "context") if isinstance(config, ExportConfig) else ("tensor", "pipeline", "expert")
-    for axis in axes:
-        degree = getattr(config.parallel, axis)
-        if degree != 1:
-            yield Violation(
-                f"parallel.{axis}", "1, every rank of this command holds whole weights", degree, ((f"parallel.{axis}", (1,)),)
-            )
-
-
-def _data_ranks(config: ComputeConfig) -> int:
-    """Ranks that see different data; 0 where the layout itself is wrong."""
-    p: ParallelConfig = config.parallel
-    replica = p.tensor * p.pipeline * p.context
-    return 0 if world_size(config) % replica else world_size(config) // replica
+def _cut(config: PretrainConfig | SftConfig, model: ModelConfig) -> Iterator[Violation]:
+    parallel, world = config.parallel, world_size(config)
+    if parallel.pipeline > world:  # layout_violations tells it; the stages come after that
+        parallel = dataclasses.replace(parallel, pipeline=1, stages=None)
+    try:
+        stages = num_stages(dataclasses.replace(config, parallel=parallel))
+    except UserError:  # choice_violations tells it
+        stages = parallel.pipeline
+    yield from model_violations(model, parallel, world, stages)
 
 
 def _length(config: PretrainConfig) -> Iterator[Violation]:
@@ -181,43 +158,6 @@ def _blend(config: PretrainConfig | SftConfig) -> Iterator[Violation]:
             yield Violation(
                 "data.train", f"a weight above 0 for {name}", weight, hint="give a positive weight or leave the file out"
             )
-    step = config.parallel.tensor * (2 * config.parallel.context if config.parallel.context > 1 else 1)
-    if config.data.sequence_length % step:
-        rule = f"a multiple of {step}, which tensor and context parallel cut it into"
-        yield Violation(
-            "data.sequence_length",
-            rule,
-            config.data.sequence_length,
-            (("data.sequence_length", multiples(step, config.data.sequence_length)),),
-        )
-
-
-def _batch(config: PretrainConfig | SftConfig) -> Iterator[Violation]:
-    """Global batch against micro batch and data ranks, the ramp's start too."""
-    ranks, t, start = _data_ranks(config), config.trainer, config.optim.batch_ramp_start
-    if not ranks:
-        return
-    one = t.micro_batch_size * ranks
-    words = f"a multiple of trainer.micro_batch_size {t.micro_batch_size} x {ranks} data ranks"
-    if t.global_batch_size % one:
-        fixes = [("trainer.global_batch_size", multiples(one, t.global_batch_size))]
-        if t.global_batch_size % ranks == 0:
-            fixes.append(("trainer.micro_batch_size", near(divisors(t.global_batch_size // ranks), t.micro_batch_size)))
-        yield Violation("trainer.global_batch_size", words, t.global_batch_size, tuple(fixes))
-    elif start > t.global_batch_size:
-        rule = f"at most trainer.global_batch_size {t.global_batch_size}"
-        yield Violation("optim.batch_ramp_start", rule, start, (("optim.batch_ramp_start", (t.global_batch_size,)),))
-    elif start % one:
-        yield Violation("optim.batch_ramp_start", words, start, (("optim.batch_ramp_start", multiples(one, start)[:1]),))
-    if bool(start) != bool(config.optim.batch_ramp_steps):
-        rule = "batch_ramp_start and batch_ramp_steps are both 0 or both above 0"
-        got = f"{start} and {config.optim.batch_ramp_steps}"
-        yield Violation(
-            "optim.batch_ramp_start",
-            rule,
-            got,
-            (("optim.batch_ramp_start", (0,)),) if start else (("optim.batch_ramp_steps", (0,)),),
-        )
 
 
 def _schedule(optim: OptimConfig, steps: int, what: str) -> Iterator[Violation]:
@@ -248,7 +188,7 @@ def _log(log: LogConfig) -> Iterator[Violation]:
 
 def _loop(config: RlConfig) -> Iterator[Violation]:
     """One rollout cut into updates and ranks."""
-    r, ranks = config.rl, _data_ranks(config)
+    r, ranks = config.rl, data_ranks(config)
     if not ranks:
         return
     if r.prompts_per_rollout % ranks:

@@ -24,18 +24,77 @@ class DeviceConfig:
 class LaunchConfig:
     """Who starts the processes. Under torchrun (RANK and WORLD_SIZE set) the command joins and starts nothing."""
 
-    processes: int = knob(1, "processes started on this machine", "processes", **at_least(1))
+    kind: str = knob(
+        "local",
+        "local: on this machine; torchrun: on each host where the same command is typed; slurm: as a job that sbatch gets",
+        "name",
+        **one_of("local", "torchrun", "slurm"),
+    )
+    processes: int = knob(1, "processes started on each host", "processes", **at_least(1))
+    hosts: int = knob(1, "hosts of the run, above 1 with torchrun and slurm", "hosts", **at_least(1))
+    rendezvous: str | None = knob(
+        None, "ADDRESS:PORT of the host where all hosts meet; torchrun needs it above one host", "address"
+    )
+    host_rank: int | None = knob(
+        None,
+        "torchrun: this host's index, 0 on the host of launch.rendezvous; null: hosts are numbered as they join",
+        "1",
+        **at_least(0),
+    )
+    interface: str | None = knob(None, "network interface between hosts, as eth0; null: the one towards the rendezvous", "name")
+    rendezvous_timeout_seconds: float = knob(600.0, "longest wait until all ranks have met", "seconds", **at_least(1))
     timeout_seconds: float = knob(3600.0, "longest wait in one collective", "seconds", **at_least(1))
+    stall_timeout_seconds: float = knob(
+        600.0,
+        "longest wait in a collective for a rank that does not reach it; then all ranks end and name it; 0: no such watch",
+        "seconds",
+        rule=lambda value: value == 0 or value >= 2,
+        says="0 or at least 2",
+    )
+    restarts: int = knob(
+        0, "after a rank's failure all ranks start again from the last checkpoint, so many times", "1", **at_least(0)
+    )
+    dry_run: bool = knob(False, "print the command, or with slurm the sbatch file, and start nothing", "bool")
+    partition: str | None = knob(None, "slurm: partition", "name")
+    account: str | None = knob(None, "slurm: account", "name")
+    time_limit: str | None = knob(None, "slurm: time limit of the job, as 12:00:00 or 2-00:00:00; null: the partition's", "time")
+    gpus: int | None = knob(
+        None, "slurm: GPUs of each host; null: one a process with device=cuda, else none asked for", "GPUs", **at_least(0)
+    )
+    cpus: int | None = knob(None, "slurm: CPU cores of each process; null: slurm's own default", "cores", **at_least(1))
+    output: str | None = knob(
+        None, "slurm: file of the job's output, %j its number; null: slurm-%j.log in the run's folder", "file"
+    )
+    save_seconds: int = knob(300, "slurm: how long before the time limit the ranks are told to save", "seconds", **at_least(0))
+    requeue: bool = knob(True, "slurm: a job that has saved, or has lost a host, is queued again", "bool")
+    options: list[str] = knob([], "slurm: further options of sbatch, as ['--qos=high','--exclusive']", "text")
+    setup: list[str] = knob([], "slurm: shell lines that each rank runs first, as ['module load x']", "text")
 
 
 @dataclass
 class ParallelConfig:
-    """Degrees of parallelism; data is processes / (tensor x pipeline x context)."""
+    """Degrees of parallelism; data is processes / (tensor x pipeline x context).
+
+    The optimizer's states are cut over data and context ranks (ZeRO-1).
+    """
 
     tensor: int = knob(1, "tensor parallel degree; above 1 with sequence parallelism", "ranks", **at_least(1))
-    pipeline: int = knob(1, "pipeline stages", "ranks", **at_least(1))
-    context: int = knob(1, "context parallel degree", "ranks", **at_least(1))
-    expert: int = knob(1, "expert parallel degree", "ranks", **at_least(1))
+    pipeline: int = knob(1, "pipeline parallel degree; pipeline= chooses the schedule", "ranks", **at_least(1))
+    context: int = knob(1, "context parallel degree: each sequence is cut into that many parts", "ranks", **at_least(1))
+    expert: int = knob(1, "expert parallel degree, over the ranks of tensor, context and data", "ranks", **at_least(1))
+    expert_tensor: int = knob(1, "tensor parallel degree inside each expert", "ranks", **at_least(1))
+    context_exchange: str = knob(
+        "allgather",
+        "how context ranks see each other's keys: allgather (the latents, once a layer) or ring (one part at a time)",
+        "name",
+        **one_of("allgather", "ring"),
+    )
+    stages: str | None = knob(
+        None,
+        "what each pipeline stage holds, in Megatron's letters: E embedding, t layer, m MTP, L head and loss, as Ett|ttt|tmL; "
+        "null: cut evenly by work",
+        "text",
+    )
 
 
 @dataclass

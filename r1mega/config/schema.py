@@ -17,7 +17,7 @@ from r1mega import registry
 from r1mega.config.data import CompareConfig, PrepareConfig, RecipeConfig, ReportConfig
 from r1mega.config.errors import UserError, nearest
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RlConfig
-from r1mega.config.tools import CompletionConfig, DoctorConfig
+from r1mega.config.tools import CompletionConfig, DoctorConfig, TimelineConfig
 from r1mega.config.train import PretrainConfig, SftConfig
 
 SCHEMAS: dict[str, type] = {
@@ -31,6 +31,7 @@ SCHEMAS: dict[str, type] = {
     "report": ReportConfig,
     "compare": CompareConfig,
     "chat": ChatConfig,
+    "timeline": TimelineConfig,
     "doctor": DoctorConfig,
     "completion": CompletionConfig,
 }

@@ -1,9 +1,11 @@
-"""``r1mega doctor`` and ``r1mega completion``: what they take."""
+"""``r1mega doctor``, ``r1mega completion`` and ``r1mega timeline``: what they take."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from r1mega import registry
 from r1mega.config.knob import at_least, knob, one_of
 from r1mega.config.run import RunConfig
 
@@ -28,3 +30,32 @@ class CompletionConfig(RunConfig):
     """
 
     shell: str = knob("bash", "the shell", "name", **one_of("bash", "zsh", "fish"))
+
+
+@dataclass
+class TimelineConfig(RunConfig):
+    """``r1mega timeline``: what each pipeline rank does when, as SVG and text, and the share of time in which it idles.
+
+    With ``run=FOLDER`` what a training ran, recorded with ``profile=true``; else a simulation of ``pipeline=`` with given times.
+    """
+
+    run: str | None = knob(None, "folder of a run whose newest recorded step is drawn; null: simulate", "path")
+    pipeline: Any = knob(None, "registered choice: the schedule to simulate; None in Python: 1f1b", "choice")
+    ranks: int = knob(4, "pipeline ranks to simulate", "ranks", **at_least(1))
+    microbatches: int = knob(8, "microbatches of the simulated step", "microbatches", **at_least(1))
+    forward: float = knob(1.0, "time of one forward of a stage", "ms", **at_least(0))
+    input_grad: float = knob(1.0, "time of one gradient of a stage's input", "ms", **at_least(0))
+    weight_grad: float = knob(1.0, "time of the gradients of a stage's weights, once a microbatch", "ms", **at_least(0))
+    backward: float | None = knob(None, "time of one whole backward; null: input_grad + weight_grad", "ms", **at_least(0))
+    overlapped: float | None = knob(
+        None,
+        "time of a forward and a backward that the schedule overlaps (F&B); null: they run one after the other",
+        "ms",
+        **at_least(0),
+    )
+    message: float = knob(0.0, "time from the end of a stage's work until another rank has the result", "ms", **at_least(0))
+    target: str | None = knob(None, "the SVG file; null: timeline.svg in the run's folder, or in out", "path")
+
+    def __post_init__(self) -> None:
+        if self.pipeline is None:
+            self.pipeline = registry.lookup("pipeline", "1f1b")()

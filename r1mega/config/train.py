@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from r1mega import registry
 from r1mega.config.knob import REQUIRED, above, at_least, between, knob, one_of
 from r1mega.config.model import ModelConfig
 from r1mega.config.run import ComputeConfig
@@ -73,6 +74,17 @@ class TrainerConfig:
     peak_tflops: float = knob(0.0, "peak of one device for MFU; 0: measured once by a matrix product", "TFLOP/s", **at_least(0))
 
 
+USUAL = {"dispatcher": "alltoall", "pipeline": "1f1b", "balance": "none"}
+"""Kind to the choice that a config made in Python has where it names none; the YAML files say the same."""
+
+
+def _fill(config: Any) -> None:
+    """A config made in Python need not name these choices; the trainer finds none of them missing."""
+    for kind, name in USUAL.items():
+        if getattr(config, kind) is None:
+            setattr(config, kind, registry.lookup(kind, name)())
+
+
 @dataclass
 class PretrainConfig(ComputeConfig):
     """``r1mega pretrain``: next-token training from token files."""
@@ -83,6 +95,12 @@ class PretrainConfig(ComputeConfig):
     optim: OptimConfig = knob(OptimConfig, "optimizer and schedule", "section")
     data: TokenDataConfig = knob(TokenDataConfig, "token files", "section")
     trainer: TrainerConfig = knob(TrainerConfig, "steps and batches", "section")
+    dispatcher: Any = knob(None, "registered choice: how tokens reach their experts; None in Python: alltoall", "choice")
+    pipeline: Any = knob(None, "registered choice: in which order pipeline ranks work; None in Python: 1f1b", "choice")
+    balance: Any = knob(None, "registered choice: where experts lie; None in Python: none", "choice")
+
+    def __post_init__(self) -> None:
+        _fill(self)
 
 
 TUNABLE_MODEL_FIELDS = ("expert_bias_update_rate", "seq_aux_loss_coef", "mtp_loss_coef")
@@ -107,3 +125,9 @@ class SftConfig(ComputeConfig):
     optim: OptimConfig = knob(OptimConfig, "optimizer and schedule", "section")
     data: SftDataConfig = knob(SftDataConfig, "sample files", "section")
     trainer: TrainerConfig = knob(TrainerConfig, "steps and batches", "section")
+    dispatcher: Any = knob(None, "registered choice: how tokens reach their experts; None in Python: alltoall", "choice")
+    pipeline: Any = knob(None, "registered choice: in which order pipeline ranks work; None in Python: 1f1b", "choice")
+    balance: Any = knob(None, "registered choice: where experts lie; None in Python: none", "choice")
+
+    def __post_init__(self) -> None:
+        _fill(self)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 from r1mega.config.errors import STOPPED
@@ -24,6 +25,9 @@ from r1mega.config.errors import STOPPED
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.05
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+NOTES_VARIABLE = "R1MEGA_NOTES"
+"""Names the folder in which a launcher that is not ours alone, and its ranks, leave what we are to know."""
+
 SHOWN_BYTES = 16 << 10
 """Of a failing rank's stderr, the end that is shown."""
 
@@ -99,6 +103,25 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind((HOST, 0))
         return server.getsockname()[1]
+
+
+def tie_to_launcher() -> None:
+    """For a rank of a launcher that does not do it: be killed when the launcher is gone, so that no rank goes on alone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def rank_ended(status: int, notes: str | None) -> int:
+    """Tell the other ranks and the launcher that this one ends with ``status``; the status that the process takes.
+
+    A rank that has saved and stopped is no failure, after which torch's launcher would start all of them again.
+    """
+    watch = sys.modules.get("r1mega.mesh.watch")  # there where this rank has met others
+    if watch is not None:
+        watch.leave(status)
+    if notes is None or status != STOPPED:
+        return status
+    Path(notes, "stopped").touch()
+    return 0
 
 
 def _dies_with(parent: int) -> Callable[[], None]:

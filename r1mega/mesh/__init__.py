@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,17 +19,31 @@ from r1mega.config.errors import UserError
 from r1mega.config.run import LaunchConfig, ParallelConfig
 from r1mega.device import Device
 
+AXES = ("data", "tensor", "pipeline", "context", "expert", "expert_tensor", "expert_data")
+"""The first four multiply to the world; the last three, with pipeline, cut the same ranks anew for the routed experts."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's line along one axis: its place, the length, the ranks on it, their group."""
+
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks by axis. ``degrees``: axis name to size (data, tensor, pipeline, context, expert)."""
+    """Ranks by named axes (:data:`AXES`)."""
 
     device: Device
     parallel: ParallelConfig
     rank: int
     world_size: int
-    data_rank: int
-    data_size: int
+    axes: dict[str, Axis]
+    stages_per_rank: int = 1
+    _edges: dict[tuple[int, int], dist.ProcessGroup] = field(default_factory=dict)
 
     @property
     def is_first(self) -> bool:
@@ -36,23 +51,38 @@ class Mesh:
         return self.rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
-        """True where the loss is computed."""
-        from megatron.core import parallel_state
+    def data_rank(self) -> int:
+        """Which part of a batch this rank sees."""
+        return self.axes["data"].rank
 
-        return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    @property
+    def data_size(self) -> int:
+        """Into how many parts a batch is cut."""
+        return self.axes["data"].size
 
     @property
     def degrees(self) -> dict[str, int]:
-        """Axis name to size."""
-        sizes = {axis: getattr(self.parallel, axis) for axis in ("tensor", "pipeline", "context", "expert")}
-        return {"data": self.data_size, **sizes}
+        """Axis name to size, of the axes that a user chooses and of data."""
+        return {axis: self.axes[axis].size for axis in AXES if axis != "expert_data"}
 
-    def data_group(self) -> dist.ProcessGroup:
-        """Ranks that hold the same part of the model and see different samples."""
-        from megatron.core import parallel_state
+    def megatron_groups(self) -> Any:
+        """Megatron-Core's collection of the same groups. It shares no embedding: :mod:`r1mega.train.gradients` does."""
+        from megatron.core.process_groups_config import ProcessGroupCollection
 
-        return parallel_state.get_data_parallel_group()
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        groups.embd = None
+        return groups
+
+    def connect(self, pairs: Iterable[tuple[int, int]]) -> dict[tuple[int, int], dist.ProcessGroup]:
+        """A group for each directed pair of ranks ``(source, target)``; called by all ranks, each with pairs of its own.
+
+        One direction of messages a group: what is sent on it is received in the order of sending, whatever the backend.
+        """
+        everyone = {pair for part in self.gather_everywhere(sorted(set(pairs))) for pair in part}
+        for source, target in sorted(everyone):
+            if source != target and (source, target) not in self._edges:
+                self._edges[source, target] = dist.new_group([source, target])
+        return self._edges
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -67,12 +97,13 @@ class Mesh:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every data rank's value, in the order of the data axis, on every rank. One entry a data rank."""
-        if self.data_size == 1:
+    def gather_objects(self, value: Any, axis: str = "data") -> list[Any]:
+        """Every value along ``axis``, in the order of the axis, on every rank of it."""
+        line = self.axes[axis]
+        if line.size == 1:
             return [value]
-        box = [None] * self.data_size
-        dist.all_gather_object(box, value, group=self.data_group())
+        box = [None] * line.size
+        dist.all_gather_object(box, value, group=line.group)
         return box
 
     def gather_everywhere(self, value: Any) -> list[Any]:
@@ -83,10 +114,11 @@ class Mesh:
         dist.all_gather_object(box, value)
         return box
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the data axis, in place; any shape."""
-        if self.data_size > 1:
-            dist.all_reduce(values, group=self.data_group())
+    def sum(self, values: torch.Tensor, *axes: str) -> torch.Tensor:
+        """Sum over the named axes (data alone without a name), in place; any shape."""
+        for axis in axes or ("data",):
+            if self.axes[axis].size > 1:
+                dist.all_reduce(values, group=self.axes[axis].group)
         return values
 
     def sum_everywhere(self, values: torch.Tensor) -> torch.Tensor:
@@ -96,17 +128,13 @@ class Mesh:
         return values
 
     def sum_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks that see tokens of this pipeline stage (data, context, tensor), in place; any shape."""
-        if self.world_size > 1:
-            from megatron.core import parallel_state
-
-            dist.all_reduce(values, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
-        return values
+        """Sum over the ranks that see tokens of this pipeline stage (tensor, context, data), in place; any shape."""
+        return self.sum(values, "tensor", "context", "data")
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
         """Maximum over the data axis, in place; any shape."""
         if self.data_size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.data_group())
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.axes["data"].group)
         return values
 
     def any(self, flag: bool) -> bool:
@@ -125,27 +153,25 @@ class Mesh:
 _open: Mesh | None = None
 
 
-def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, seed: int) -> Mesh:
+def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, seed: int, stages_per_rank: int = 1) -> Mesh:
     """Join the process group (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; alone without them) and name its axes.
 
-    Raises UserError when the degrees do not divide the world, or when this process already holds a mesh of other degrees.
+    ``stages_per_rank``: model chunks a pipeline rank holds. Raises UserError when the degrees do not divide the world, or when
+    this process already holds a mesh of other degrees.
     """
     global _open
-    from r1mega.compat import megatron_adam, megatron_balance, megatron_plain, megatron_tensor
+    from r1mega.compat import megatron_adam, megatron_balance, megatron_context, megatron_mtp, megatron_plain, megatron_tensor
 
     megatron_plain.apply()
     megatron_adam.apply()
     megatron_tensor.apply()
     megatron_balance.apply()
+    megatron_mtp.apply()
+    megatron_context.apply()
     from megatron.core import parallel_state, tensor_parallel
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    ranks_per_replica = parallel.tensor * parallel.pipeline * parallel.context
-    if world % ranks_per_replica:
-        raise UserError(
-            f"parallel: tensor x pipeline x context divides the number of processes; got {ranks_per_replica} for {world}; "
-            f"use launch.processes={ranks_per_replica} or a multiple of it"
-        )
+    _check_degrees(parallel, world)
     if _open is None:
         if not dist.is_initialized():
             timeout = datetime.timedelta(seconds=launch.timeout_seconds)
@@ -154,26 +180,59 @@ def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, se
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=stages_per_rank if stages_per_rank > 1 and parallel.pipeline > 1 else None,
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=1,  # Gloo cannot gather the uneven sizes that more would bring
+            expert_tensor_parallel_size=parallel.expert_tensor,
             create_gloo_process_groups=True,
         )
         if device.is_cpu:
             from r1mega.compat import megatron_cpu
 
             megatron_cpu.apply()
-        _open = Mesh(
-            device, parallel, rank, world, parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        )
-    elif (_open.parallel, _open.device) != (parallel, device):
+        _open = Mesh(device, parallel, rank, world, _axes(), stages_per_rank)
+    elif (_open.parallel, _open.device, _open.stages_per_rank) != (parallel, device, stages_per_rank):
         raise UserError(
-            f"parallel: a process keeps one mesh; got {parallel} on {device.kind} after {_open.parallel} on {_open.device.kind}; "
-            "start a process of its own for the other layout"
+            f"parallel: a process keeps one mesh; got {parallel} with {stages_per_rank} stages a rank on {device.kind} after "
+            f"{_open.parallel} with {_open.stages_per_rank} on {_open.device.kind}; start a process of its own for the other layout"
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
     return _open
+
+
+def _check_degrees(parallel: ParallelConfig, world: int) -> None:
+    """The last line of defence: commands have checked their configs before (:mod:`r1mega.config.rules`)."""
+    dense = parallel.tensor * parallel.pipeline * parallel.context
+    if world % dense:
+        raise UserError(
+            f"parallel: tensor x pipeline x context divides the number of processes; got {dense} for {world}; "
+            f"use launch.processes={dense} or a multiple of it"
+        )
+    sparse = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    if world % sparse:
+        raise UserError(
+            f"parallel: expert x expert_tensor x pipeline divides the number of processes; got {sparse} for {world}; "
+            f"use launch.processes={sparse} or a multiple of it"
+        )
+
+
+def _axes() -> dict[str, Axis]:
+    """The axes of the groups that Megatron-Core has just made."""
+    from megatron.core import parallel_state as made
+
+    groups = {
+        "data": made.get_data_parallel_group(),
+        "tensor": made.get_tensor_model_parallel_group(),
+        "pipeline": made.get_pipeline_model_parallel_group(),
+        "context": made.get_context_parallel_group(),
+        "expert": made.get_expert_model_parallel_group(),
+        "expert_tensor": made.get_expert_tensor_parallel_group(),
+        "expert_data": made.get_expert_data_parallel_group(),
+    }
+    return {
+        name: Axis(group.rank(), group.size(), tuple(dist.get_process_group_ranks(group)), group) for name, group in groups.items()
+    }
 
 
 _store: dist.Store | None = None

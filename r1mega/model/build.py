@@ -1,13 +1,14 @@
 """Typed config to Megatron-Core's ``GPTModel`` through layer specs. Owns every Megatron option that the architecture decides.
 
-In: ``ModelConfig`` and a mesh's degrees. Out: the Megatron config and this rank's ``GPTModel`` (``[B, S]`` tokens to logits or
-per-token losses).
+In: ``ModelConfig``, a mesh's degrees, which rank holds which stages. Out: the Megatron config and this rank's stages, a ``GPTModel``
+each: the first takes ``[B, S]`` tokens, the last gives logits or per-token losses, between them go ``[S, B, D]`` activations.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +18,25 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from r1mega.compat.megatron_meta import on_meta
 from r1mega.config.model import ModelConfig
 from r1mega.config.run import ParallelConfig
-from r1mega.model.layers import CoreAttention, GroupedExperts, LatentRMSNorm, RMSNorm
+from r1mega.config.stages import StagePlan, plan
+from r1mega.model.attention import EXCHANGES, CoreAttention, LatentAttention
+from r1mega.model.experts import GroupedExperts
+from r1mega.model.layers import LatentRMSNorm, RMSNorm
+from r1mega.model.linear import split_weight_gradients
+from r1mega.model.moe import mixture_spec
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, *, meta: bool = False):
@@ -95,8 +101,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
+        cp_comm_type=EXCHANGES[parallel.context_exchange],
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.tensor > 1,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -112,13 +119,12 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
     )
 
 
-def _layer(config: MLATransformerConfig, *, moe: bool) -> ModuleSpec:
+def _layer(config: MLATransformerConfig, groups: ProcessGroupCollection, dispatcher: Any, *, moe: bool) -> ModuleSpec:
     """One decoder layer: MLA, then a dense FFN or DeepSeek's MoE."""
     dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     shared = ModuleSpec(module=SharedExpertMLP, submodules=dense) if config.moe_shared_expert_intermediate_size else None
-    mixture = ModuleSpec(
-        module=MoELayer, submodules=MoESubmodules(experts=ModuleSpec(module=GroupedExperts), shared_experts=shared)
-    )
+    parts = MoESubmodules(experts=ModuleSpec(module=GroupedExperts), shared_experts=shared)
+    mixture = mixture_spec(parts, groups, dispatcher)
     attention = MLASelfAttentionSubmodules(
         linear_q_proj=ColumnParallelLinear,
         linear_q_down_proj=ColumnParallelLinear,
@@ -134,9 +140,7 @@ def _layer(config: MLATransformerConfig, *, moe: bool) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=MLASelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
-            ),
+            self_attention=ModuleSpec(module=LatentAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mixture if moe else ModuleSpec(module=MLP, submodules=dense),
@@ -152,32 +156,97 @@ class _OurNorms(LocalSpecProvider):
         return RMSNorm
 
 
-def build_model(model: ModelConfig, config: MLATransformerConfig) -> GPTModel:
-    """This rank's part of the model, on the mesh that is open."""
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    stage, stages = groups.pp.rank(), groups.pp.size()
-    offset, count = get_transformer_layer_offset(config), get_num_layers_to_build(config)
-    layers = [_layer(config, moe=index >= model.first_k_dense) for index in range(offset, offset + count)]
+class _Layout:
+    """Where layers lie, as Megatron-Core asks for it: its own class cannot put the last stage on the first rank (a V)."""
+
+    def __init__(self, plans: tuple[StagePlan, ...], placement: tuple[tuple[int, ...], ...], rank: int):
+        self._stages, self._plans, self._rank = placement, plans, rank
+        self.layout = [[self._held(plans[stage]) for stage in stages] for stages in placement]
+
+    @staticmethod
+    def _held(stage: StagePlan) -> list[LayerType]:
+        parts = {LayerType.embedding: stage.embedding, LayerType.decoder: stage.num_layers, LayerType.mtp: stage.mtp}
+        return [kind for kind, count in (parts | {LayerType.loss: stage.head}).items() for _ in range(count)]
+
+    def get_num_layers_to_build(self, layer_type=LayerType.decoder, vp_stage=None, pp_rank=None) -> int:
+        """Layers of a kind in one chunk."""
+        return self.layout[self._rank if pp_rank is None else pp_rank][vp_stage or 0].count(layer_type)
+
+    def get_layer_offset(self, layer_type=LayerType.decoder, vp_stage=None, pp_rank=None) -> int:
+        """Layers of a kind before one chunk."""
+        stage = self._stages[self._rank if pp_rank is None else pp_rank][vp_stage or 0]
+        return sum(self._held(earlier).count(layer_type) for earlier in self._plans[:stage])
+
+
+def build_stages(
+    model: ModelConfig,
+    config: MLATransformerConfig,
+    groups: ProcessGroupCollection,
+    placement: tuple[tuple[int, ...], ...] = ((0,),),
+    stages: str | None = None,
+    dispatcher: Any = None,
+) -> list[GPTModel]:
+    """This rank's stages, in the order of ``placement``'s entry for its place on the pipeline axis.
+
+    ``stages``: see ``parallel.stages``; ``dispatcher``: a choice, None for all-to-all. A stage that needs the embedding's weight and
+    does not hold the embedding has a copy, marked ``shared``, whose value :func:`r1mega.train.gradients.share_embedding` sets; on the embedding's own rank it is the same tensor.
+    """
+    num_stages = sum(map(len, placement))
+    plans, rank = plan(model, num_stages, stages), groups.pp.rank()
+    if num_stages > 1:
+        config.pipeline_model_parallel_layout = _Layout(plans, placement, rank)
+        config.pipeline_model_parallel_size = num_stages  # Megatron only asks whether there is more than one
+        config.virtual_pipeline_model_parallel_size = len(placement[0])
+    built = [
+        _build_stage(model, config, groups, dispatcher, plans[stage], chunk if len(placement[0]) > 1 else None)
+        for chunk, stage in enumerate(placement[rank])
+    ]
+    first = next((part for part in built if part.pre_process), None)
+    for part in built:
+        if first is not None and part is not first:
+            _take_embedding(part, first)
+        for parameter in part.parameters():
+            # would give it a bucket of its own, and Megatron's checkpoint misplaces moments behind a padded bucket (its issue 504)
+            parameter.__dict__.pop("shared_embedding", None)
+    return built
+
+
+def _build_stage(model: ModelConfig, config, groups, dispatcher, stage: StagePlan, chunk: int | None) -> GPTModel:
+    first, end = stage.first_layer, stage.first_layer + stage.num_layers
+    layers = [_layer(config, groups, dispatcher, moe=index >= model.first_k_dense) for index in range(first, end)]
     block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
     mtp = None
-    if model.num_mtp_layers:
+    if stage.mtp:
         # the MTP block is a MoE layer like the last one, wherever the first-k dense layers lie
-        spec = _layer(config, moe=model.num_layers > model.first_k_dense)
-        mtp = get_gpt_mtp_block_spec_for_backend(config, spec, _OurNorms(), pp_rank=stage)
+        spec = _layer(config, groups, dispatcher, moe=model.num_layers > model.first_k_dense)
+        mtp = get_gpt_mtp_block_spec_for_backend(config, spec, _OurNorms(), vp_stage=chunk, pp_rank=groups.pp.rank())
     with on_meta() if config.init_model_with_meta_device else contextlib.nullcontext():
-        return GPTModel(
+        built = GPTModel(
             config=config,
             transformer_layer_spec=block,
             vocab_size=model.vocab_size,
             max_sequence_length=model.max_position_embeddings,
-            pre_process=stage == 0,
-            post_process=stage == stages - 1,
+            pre_process=stage.embedding,
+            post_process=stage.head,
             parallel_output=True,
             share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type="none",
             mtp_block_spec=mtp,
             pg_collection=groups,
+            vp_stage=chunk,
         )
+    split_weight_gradients(built)
+    if stage.head and model.tie_embeddings and stage.mtp and not stage.embedding:
+        built.output_layer.weight = None  # the copy of the embedding serves head and MTP alike; Megatron makes one more
+    return built
+
+
+def _take_embedding(part: GPTModel, first: GPTModel) -> None:
+    """Let ``part`` use the weight of the embedding that lies on the same rank."""
+    if part.mtp_process:
+        part.embedding = first.embedding
+    elif part.post_process and part.share_embeddings_and_output_weights:
+        part.output_layer.weight = first.embedding.word_embeddings.weight
 
 
 @contextlib.contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from r1mega.model.build import without_mtp
+from r1mega.model.context import ALONE, ContextPart
 
 
 @dataclass(frozen=True)
@@ -14,13 +15,29 @@ class TokenTensors:
     """One microbatch on the device.
 
     ``tokens_BS, labels_BS``: int64; ``loss_mask_BS``: float32, 0 where a token is not learnt; ``segment_ids_BS``: int32 sample
-    number inside a packed row, 0 for padding, or None where each row is one causal sequence.
+    number inside a packed row, 0 for padding, or None where each row is one causal sequence. With several context ranks, after
+    :meth:`cut`, the first three hold this rank's parts, ``[B, S / C]``; ``segment_ids_BS`` stays whole; ``learnt``: learnt tokens
+    of the whole rows; ``part``: which parts they are.
     """
 
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
     loss_mask_BS: torch.Tensor
     segment_ids_BS: torch.Tensor | None = None
+    part: ContextPart = ALONE
+    learnt: int | None = None
+
+    def cut(self, part: ContextPart) -> TokenTensors:
+        """This context rank's part of whole rows. Raises ValueError for a length that cannot be cut so."""
+        if part.size == 1:
+            return self
+        own = {name: part.cut(getattr(self, name)) for name in ("tokens_BS", "labels_BS", "loss_mask_BS")}
+        return replace(self, **own, part=part, learnt=self.num_learnt)
+
+    @property
+    def num_learnt(self) -> int:
+        """Learnt tokens of the whole rows, the other context ranks' parts included."""
+        return int(self.loss_mask_BS.sum()) if self.learnt is None else self.learnt
 
 
 def attention_mask(segment_ids_BS: torch.Tensor | None) -> torch.Tensor | None:
@@ -34,24 +51,34 @@ def attention_mask(segment_ids_BS: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def token_losses(model: torch.nn.Module, batch: TokenTensors) -> torch.Tensor:
-    """Cross entropy a token, float32 ``[B, S]``, unmasked; MTP's loss rides along in the backward pass (V3 2.2)."""
+    """Cross entropy a token, float32 ``[B, S]``, unmasked; MTP's loss rides along in the backward pass (V3 2.2).
+
+    With several context ranks those of this rank's parts. A stage without the head gives its hidden states.
+    """
+    # Context ranks make their masks block by block, from the sample numbers.
+    mask = attention_mask(batch.segment_ids_BS) if batch.part.size == 1 else batch.segment_ids_BS
     return model(
         batch.tokens_BS,
-        _positions(batch.tokens_BS),
-        attention_mask(batch.segment_ids_BS),
+        _positions(batch.tokens_BS, batch.part),
+        mask,
         labels=batch.labels_BS,
         loss_mask=batch.loss_mask_BS,
     )
 
 
-def logits(model: torch.nn.Module, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Logits ``[B, S, V]`` of the main head; each row one causal sequence, padded on the right."""
+def logits(model: torch.nn.Module, tokens_BS: torch.Tensor, part: ContextPart = ALONE) -> torch.Tensor:
+    """Logits of the main head, float32 ``[B, S, V]``; each row one causal sequence, padded on the right.
+
+    With several context ranks ``tokens_BS`` and the logits are those of this rank's parts. A stage without the head gives its
+    hidden states.
+    """
     inner = model
-    while hasattr(inner, "module"):
-        inner = inner.module
+    while not hasattr(inner, "decoder"):  # wrappers: DDP's, and a rank's stages
+        inner = inner.module if hasattr(inner, "module") else inner.stages[0]
     with without_mtp(inner):
-        return model(tokens_BS, _positions(tokens_BS), None)
+        output = model(tokens_BS, _positions(tokens_BS, part), None)
+    return output.float() if inner.post_process else output
 
 
-def _positions(tokens_BS: torch.Tensor) -> torch.Tensor:
-    return torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+def _positions(tokens_BS: torch.Tensor, part: ContextPart) -> torch.Tensor:
+    return part.positions(tokens_BS.shape[1], tokens_BS.device).expand_as(tokens_BS)

@@ -1,7 +1,7 @@
 """Responses to microbatches: prompt and response in one row, padded on the right, rows of like length together.
 
 Positions are those of predictions: column s predicts token s + 1, so ``targets_BS`` is the row moved by one and ``mask_BS`` is true
-where the target is a response token.
+where the target is a response token. Of several context ranks each holds its parts of every row.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from r1mega.model.context import ALONE, ContextPart
 from r1mega.rl.types import Completion
 
 
@@ -32,7 +33,10 @@ class RolloutRow:
 
 @dataclass
 class RolloutBatch:
-    """One microbatch: ``tokens_BS, targets_BS`` int64, ``mask_BS`` bool, the rest float32. ``ref_BS``: None without a reference."""
+    """One microbatch: ``tokens_BS, targets_BS`` int64, ``mask_BS`` bool, the rest float32. ``ref_BS``: None without a reference.
+
+    ``[B, S]`` tensors hold the parts ``part`` of the rows, but ``whole_mask_BS``; ``lengths_B``: response tokens of the whole rows.
+    """
 
     rows: list[RolloutRow]
     tokens_BS: torch.Tensor
@@ -41,20 +45,29 @@ class RolloutBatch:
     old_BS: torch.Tensor
     ref_BS: torch.Tensor | None
     advantage_B: torch.Tensor
+    lengths_B: torch.Tensor
+    whole_mask_BS: torch.Tensor
+    part: ContextPart = ALONE
 
     def split(self, values_BS: torch.Tensor) -> list[torch.Tensor]:
-        """Values at the response tokens, a tensor a row."""
-        return [row_S[mask_S] for row_S, mask_S in zip(values_BS, self.mask_BS, strict=True)]
+        """Values at the response tokens, a tensor a row, those of other context ranks' parts included."""
+        return [row_S[mask_S] for row_S, mask_S in zip(self.part.gather(values_BS), self.whole_mask_BS, strict=True)]
 
 
-def microbatches(rows: Sequence[RolloutRow], size: int, pad_id: int, device: torch.device) -> list[RolloutBatch]:
-    """Rows sorted by length and cut into microbatches of ``size``."""
+def microbatches(
+    rows: Sequence[RolloutRow], size: int, pad_id: int, device: torch.device, part: ContextPart = ALONE, multiple: int = 1
+) -> list[RolloutBatch]:
+    """Rows sorted by length and cut into microbatches of ``size``, ``part`` of each row in them.
+
+    ``multiple``: what divides the whole rows' width; they are padded up to it (:attr:`r1mega.train.policy.Policy.row_multiple`).
+    """
     ordered = sorted(rows, key=lambda row: row.size)
-    return [_batch(ordered[start : start + size], pad_id, device) for start in range(0, len(ordered), size)]
+    return [_batch(ordered[start : start + size], pad_id, device, part, multiple) for start in range(0, len(ordered), size)]
 
 
-def _batch(rows: list[RolloutRow], pad_id: int, device: torch.device) -> RolloutBatch:
-    width = max(row.size for row in rows)
+def _batch(rows: list[RolloutRow], pad_id: int, device: torch.device, part: ContextPart, multiple: int) -> RolloutBatch:
+    longest = max(row.size for row in rows) - 1
+    width = -(-longest // multiple) * multiple + 1
     tokens = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)
     old, ref = torch.zeros(2, len(rows), width - 1).unbind(0)
@@ -66,6 +79,9 @@ def _batch(rows: list[RolloutRow], pad_id: int, device: torch.device) -> Rollout
             if held is not None:
                 values[idx, place] = held.cpu()
     advantage = torch.tensor([row.advantage for row in rows], dtype=torch.float32)
-    parts = [tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask, old]
-    has_reference = all(row.ref is not None for row in rows)
-    return RolloutBatch(rows, *(part.to(device) for part in parts), ref.to(device) if has_reference else None, advantage.to(device))
+    whole = [tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask, old, ref]
+    own = [part.cut(values).to(device) for values in whole]
+    if any(row.ref is None for row in rows):
+        own[-1] = None
+    about_rows = (advantage, mask.sum(dim=1), mask)
+    return RolloutBatch(rows, *own, *(values.to(device) for values in about_rows), part)

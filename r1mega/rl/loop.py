@@ -1,7 +1,8 @@
 """``r1mega rl``: prompt, rollout, reward, advantage, loss, weights, and back to rollout. On-policy, every part a registered choice.
 
-A rank generates for its share of the questions and trains on what it generated; groups stay whole on their rank, the optimizer step
-is over all ranks. What each part means lies in its own file; this one only orders them.
+A data rank generates for its share of the questions and trains on what it generated; groups stay whole on their data rank, the
+optimizer step is over all ranks. Context ranks share a data rank's generating and judging, and each row in scoring and training.
+What each part means lies in its own file; this one only orders them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from r1mega.rl.setup import (
     open_rewards,
     open_run_mesh,
     open_tokenizer,
+    over_context,
     response_text,
 )
 from r1mega.train import checkpoint, stop
@@ -145,14 +147,18 @@ class RlLoop:
             keep_failures(self.folder / FAILURES, self.state.extra["rollouts"])
 
     def generate(self) -> tuple[list[RolloutRow], list[Problem]]:
-        """G responses to each of this rank's questions, groups side by side."""
+        """G responses to each of this data rank's questions, groups side by side."""
         with self.timed("rollout"):
             number, sizes = self.state.extra["rollouts"], self.sizes
             mine = self.prompts.next()[self.mesh.data_rank :: self.mesh.data_size]
             problems = [problem for problem in mine for _ in range(sizes.group_size)]
             prompts = [self.prompt_of[problem.question] for problem in problems]
-            seed = random.Random(f"{self.config.seed}:{number}:{self.mesh.data_rank}").getrandbits(62)
-            completions = self.engine.generate(prompts, sizes.sampling, seed)
+            line = self.mesh.axes["context"]
+            place = f"{self.mesh.data_rank}" if line.size == 1 else f"{self.mesh.data_rank}:{line.rank}"
+            seed = random.Random(f"{self.config.seed}:{number}:{place}").getrandbits(62)
+            completions = over_context(
+                self.mesh, len(prompts), lambda share: self.engine.generate(prompts[share], sizes.sampling, seed)
+            )
         return [RolloutRow(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)], problems
 
     def judge(self, rows: list[RolloutRow], problems: list[Problem]) -> dict[str, list[float]]:
@@ -160,14 +166,15 @@ class RlLoop:
         weights, by_source = self.config.reward.weights, self.config.reward.by_source
         with self.timed("reward"):
             texts = [response_text(self.tokenizer, row.completion) for row in rows]
-            records = self.rewards.score(problems, texts)
+            records = over_context(self.mesh, len(texts), lambda share: self.rewards.score(problems[share], texts[share]))
             rewards = total(records, [weights_of(problem.source, weights, by_source) for problem in problems])
             if self.sizes.shuffle_rewards:
                 rewards = self._shuffled(rewards)
             advantages = self.advantages(torch.tensor(rewards).view(-1, self.sizes.group_size)).flatten().tolist()
             for row, advantage in zip(rows, advantages, strict=True):
                 row.advantage = advantage
-        write_failures(self.folder / FAILURES, self.state.extra["rollouts"] + 1, problems, texts, records)
+        if self.mesh.axes["context"].rank == 0:
+            write_failures(self.folder / FAILURES, self.state.extra["rollouts"] + 1, problems, texts, records)
         by_name = by_reward(records, names_of(weights, by_source), self.mesh.gather_objects)
         failed = [float(any(entry.failure for entry in record.values())) for record in records]
         return {**by_name, "reward": rewards, "reward_failed": failed}
@@ -192,12 +199,13 @@ class RlLoop:
                 setattr(row, name, values)
 
     def logprobs(self, logits_BSV: torch.Tensor, batch: RolloutBatch) -> torch.Tensor:
-        """Log-probabilities of the rows' own tokens at the sampling temperature, fp32 ``[B, S - 1]``."""
+        """Log-probabilities of the rows' own tokens at the sampling temperature, fp32 ``[B, S]``."""
         return token_logprobs(logits_BSV, batch.targets_BS, self.sizes.sampling.temperature or 1.0)[0]
 
     def batches(self, rows: list[RolloutRow]) -> list[RolloutBatch]:
         """Microbatches of rows on the device."""
-        return microbatches(rows, self.sizes.micro_batch_size, self.tokenizer.pad_id, self.mesh.device.torch_device)
+        size, pad_id, device = self.sizes.micro_batch_size, self.tokenizer.pad_id, self.mesh.device.torch_device
+        return microbatches(rows, size, pad_id, device, self.policy.part, self.policy.row_multiple)
 
     def train(self, rows: list[RolloutRow]) -> list[StepResult]:
         """The rollout in ``updates_per_rollout`` random minibatches, one optimizer step each."""
@@ -224,6 +232,7 @@ class RlLoop:
                 batch.mask_BS,
                 num_sequences=sequences,
                 num_tokens=tokens,
+                lengths_B=batch.lengths_B,
             )
             names = ("num_tokens", "num_clipped", "kl_sum")
             sums = dict(zip(names, stats.sums().tolist(), strict=True))

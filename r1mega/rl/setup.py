@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,24 @@ from r1mega.train.policy import Policy
 
 def open_run_mesh(config: ComputeConfig) -> Mesh:
     """The mesh of a command that generates. Raises UserError for a layout whose weights no engine can take yet."""
-    for axis in ("tensor", "pipeline", "expert"):
+    for axis in ("tensor", "pipeline", "expert", "expert_tensor"):
         degree = getattr(config.parallel, axis)
         if degree != 1:
             raise UserError(
                 f"parallel.{axis}: a rank hands whole weights to its engine; got {degree}; use 1 and as many data ranks as you like"
             )
     return open_mesh(open_device(config.device), config.parallel, config.launch, config.seed)
+
+
+def over_context(mesh: Mesh, count: int, work: Callable[[slice], list[Any]]) -> list[Any]:
+    """``work(share)`` of ``count`` items that all context ranks of a data rank have: each does its share, all get the whole list.
+
+    So the ranks agree on it, whatever ``work`` depends on (rounding, a limit of time).
+    """
+    line = mesh.axes["context"]
+    share = slice(count * line.rank // line.size, count * (line.rank + 1) // line.size)
+    mine = work(share) if share.stop > share.start else []
+    return [item for part in mesh.gather_objects(mine, "context") for item in part]
 
 
 def open_policy(config: ComputeConfig, init: Path, mesh: Mesh, optim: OptimConfig | None, changes: dict[str, Any]) -> Policy:

@@ -226,7 +226,7 @@ def load(trainee: Trainee, path: str | Path, *, weights_only: bool = False, veri
     record = read_state(source)
     sharded = _sharded(trainee, loading=True, with_optimizer=not weights_only)
     loaded = dist_checkpointing.load(sharded, str(source / "weights"))
-    trainee.module.load_state_dict(loaded["model"], strict=True)
+    trainee.held.load_sharded(loaded["model"])
     if trainee.optimizer is not None:
         if weights_only:
             trainee.optimizer.reload_model_params()
@@ -237,17 +237,25 @@ def load(trainee: Trainee, path: str | Path, *, weights_only: bool = False, veri
     return TrainState(record["step"], record["tokens"], record["cursor"], record["extra"])
 
 
+def plain_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, by its key: weights, expert biases, moments, main parameters. Called by all ranks."""
+    from megatron.core import dist_checkpointing
+
+    held = dist_checkpointing.load_plain_tensors(str(path / "weights"))
+    return {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+
+
 def _sharded(trainee: Trainee, *, loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
     from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
     metadata = ensure_metadata_has_dp_cp_group(None)
-    model = trainee.module.sharded_state_dict(metadata=metadata)
+    model = trainee.held.sharded_state_dict(metadata=metadata)
     sharded: dict[str, Any] = {"model": model}
     if with_optimizer and trainee.optimizer is not None:
         if loading:
             trainee.allocate_moments()
         sharded["optimizer"] = trainee.optimizer.sharded_state_dict(
-            trainee.module.sharded_state_dict(metadata=metadata), is_loading=loading, metadata=SHARDING
+            trainee.held.sharded_state_dict(metadata=metadata), is_loading=loading, metadata=SHARDING
         )
     return sharded
 

@@ -6,9 +6,10 @@ global batch, whatever the split into ranks and microbatches.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ import torch
 
 from r1mega.config.errors import Stopped, UserError
 from r1mega.config.model import ModelConfig
-from r1mega.config.model_rules import check_model
+from r1mega.config.parallel_rules import microbatch_step, stages_per_rank
+from r1mega.config.rules import check_cut
 from r1mega.config.train import PretrainConfig, SftConfig
 from r1mega.data.loader import DocumentLoader, PretrainLoader, SftLoader, TokenBatch, validation_batches
 from r1mega.data.tokenfile import TokenFile, check_tokenizer
 from r1mega.data.tokenizer import tokenizer_hash
 from r1mega.device import open_device, peak_tflops
 from r1mega.mesh import Mesh, open_mesh
+from r1mega.model.context import ContextPart
 from r1mega.model.flops import train_flops_per_token
 from r1mega.model.forward import TokenTensors, token_losses
 from r1mega.train import checkpoint, stop
@@ -32,6 +35,7 @@ from r1mega.train.health import Health
 from r1mega.train.manifest import check_same_command
 from r1mega.train.memory import watched
 from r1mega.train.metrics import Metrics
+from r1mega.train.pipeline.timeline import write_events
 from r1mega.train.profile import Profile
 from r1mega.train.schedule import batch_size, learning_rate
 from r1mega.train.trainee import LossSum, StepResult, Trainee
@@ -53,9 +57,9 @@ def masked_sum(losses_BS: torch.Tensor, batch: TokenTensors) -> LossSum:
     return total, count, {"lm": float(total.detach())}
 
 
-def tensors(batch: TokenBatch, size: int, device: torch.device, *, segments: bool) -> list[TokenTensors]:
-    """A rank's rows as microbatches of ``size`` rows on the device."""
-    rows = len(batch.tokens_BS)
+def tensors(batch: TokenBatch, size: int, mesh: Mesh, *, segments: bool) -> list[TokenTensors]:
+    """A data rank's rows as microbatches of ``size`` rows on the device, cut to this context rank's part of each sequence."""
+    rows, device, own = len(batch.tokens_BS), mesh.device.torch_device, ContextPart.of(mesh.axes["context"])
 
     def part(array, start: int) -> torch.Tensor:
         return torch.from_numpy(array[start : start + size]).to(device)
@@ -66,7 +70,7 @@ def tensors(batch: TokenBatch, size: int, device: torch.device, *, segments: boo
             part(batch.labels_BS, start),
             part(batch.loss_mask_BS, start),
             part(batch.segment_ids_BS, start) if segments else None,
-        )
+        ).cut(own)
         for start in range(0, rows, size)
     ]
 
@@ -77,15 +81,16 @@ def fit(config: PretrainConfig | SftConfig, model: ModelConfig, open_source: Cal
     Raises UserError, on all ranks, for token files of another tokenizer, a checkpoint of another model, and more spikes than
     ``trainer.spike_limit``; Stopped after a SIGTERM, when a checkpoint is written.
     """
-    mesh = open_mesh(open_device(config.device), config.parallel, config.launch, config.seed)
+    check_cut(config, model)
+    mesh = open_mesh(open_device(config.device), config.parallel, config.launch, config.seed, stages_per_rank(config))
     source = open_source(mesh)
-    check_model(model, config.parallel)
     expected = tokenizer_hash(source.tokenizer) if source.tokenizer else None
     metas = source.loader.metas + ([TokenFile(config.data.valid).meta] if config.data.valid else [])
     for meta in metas:
         check_tokenizer(meta, tokenizer_hash=expected, vocab_size=model.vocab_size)
     with stop.heeding(), watched(mesh, Path(config.out), "trainer.micro_batch_size or data.sequence_length") as watch:
-        watch.trainee = trainee = Trainee(model, config.optim, mesh, config.precision.dtype)
+        pipeline = config.pipeline.build(config.parallel.pipeline)
+        watch.trainee = trainee = Trainee(model, config.optim, mesh, config.precision.dtype, pipeline, config.dispatcher)
         run = _Run(config, model, mesh, source, trainee)
         run.start()
         run.loop()
@@ -136,14 +141,15 @@ class _Run:
     def loop(self) -> None:
         """Steps up to ``trainer.steps``."""
         trainer, optim = self.trainer, self.config.optim
-        multiple = trainer.micro_batch_size * self.mesh.data_size
+        multiple = trainer.micro_batch_size * self.mesh.data_size * microbatch_step(self.config)
         while self.state.step < trainer.steps:
             began = time.perf_counter()
             size = batch_size(optim, self.state.step, trainer.global_batch_size, multiple)
             batch = self.source.loader.next(size)
-            parts = tensors(batch, trainer.micro_batch_size, self.mesh.device.torch_device, segments=self.segments)
+            parts = tensors(batch, trainer.micro_batch_size, self.mesh, segments=self.segments)
             rate = learning_rate(optim, self.state.step, trainer.steps)
-            result = self.trainee.step(parts, token_losses, masked_sum, rate, self.health.judge)
+            with self._recorded():
+                result = self.trainee.step(parts, token_losses, masked_sum, rate, self.health.judge)
             self.mesh.device.synchronize()
             self.state.step += 1
             self.state.tokens += size * self.config.data.sequence_length
@@ -152,6 +158,16 @@ class _Run:
             if not result.trouble:
                 self.health.sound(result.loss)
             self._after_step(result, rate, size, time.perf_counter() - began)
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """While a trace runs, note what the pipeline does when, for ``r1mega timeline``."""
+        executor, axes = self.trainee.executor, self.mesh.axes
+        executor.events = [] if self.profile.running else None
+        yield
+        if executor.events and not any(axes[axis].rank for axis in ("data", "tensor", "context")):
+            write_events(self.folder, axes["pipeline"].rank, self.state.step + 1, executor.events)
+        executor.events = None
 
     def _rolled_back(self, trouble: str) -> bool:
         """Log a step that was not applied and, where the run shall and can, go back to a checkpoint; the data stays moved on."""
@@ -226,8 +242,7 @@ class _Run:
             world=mesh.data_size,
             windows=self.source.loader.packing == "windows",
         )
-        size, device = trainer.micro_batch_size, mesh.device.torch_device
-        return [part for batch in batches for part in tensors(batch, size, device, segments=self.segments)]
+        return [part for batch in batches for part in tensors(batch, trainer.micro_batch_size, mesh, segments=self.segments)]
 
     def _validate(self) -> float:
         return self.trainee.evaluate(self.valid, token_losses, masked_sum)[0]

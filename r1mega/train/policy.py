@@ -1,6 +1,7 @@
 """The policy that RL sees: score tokens, update on an objective, name its weights, stand in for its reference. No Megatron in here.
 
-In and out are tensors ``[B, S]`` on the policy's device; the objective is the caller's function of logits.
+In and out are tensors ``[B, S]`` on the policy's device; the objective is the caller's function of logits. Where several context
+ranks share a sequence, a rank sees its own parts of it (:attr:`Policy.part`) and its objective is the share of those tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from r1mega.config.model import ModelConfig
 from r1mega.config.train import OptimConfig
 from r1mega.mesh import Mesh
 from r1mega.model import names
+from r1mega.model.context import ContextPart
 from r1mega.model.forward import logits
 from r1mega.train import checkpoint
 from r1mega.train.checkpoint import TrainState
@@ -23,7 +25,7 @@ from r1mega.train.trainee import Judge, StepResult, Trainee
 
 
 class HasTokens(Protocol):
-    """A microbatch: anything with int64 ``tokens_BS``, padded on the right."""
+    """A microbatch: anything with int64 ``tokens_BS``, padded on the right; of several context ranks the own parts of the rows."""
 
     tokens_BS: torch.Tensor
 
@@ -33,6 +35,7 @@ class Policy:
 
     def __init__(self, model: ModelConfig, optim: OptimConfig | None, mesh: Mesh, dtype: str):
         self.model_config, self.mesh = model, mesh
+        self.part = ContextPart.of(mesh.axes["context"])
         self.trainee = Trainee(model, optim, mesh, dtype)
         self._reference: dict[str, torch.Tensor] | None = None
 
@@ -41,11 +44,16 @@ class Policy:
         """Of the weights."""
         return self.trainee.dtype
 
+    @property
+    def row_multiple(self) -> int:
+        """What divides the width of a microbatch's whole rows: the layout cuts them into so many equal pieces."""
+        return self.part.multiple * self.mesh.axes["tensor"].size
+
     def score(self, batches: Sequence[HasTokens], read: Callable[[torch.Tensor, Any], Any]) -> list[Any]:
         """``read(logits_BSV, batch)`` for every microbatch, without gradients."""
         self.trainee.model.eval()
         with torch.no_grad():
-            return [read(logits(self.trainee.model, batch.tokens_BS), batch) for batch in batches]
+            return [read(logits(self.trainee.model, batch.tokens_BS, self.part), batch) for batch in batches]
 
     def update(
         self,
@@ -59,13 +67,14 @@ class Policy:
         The objective returns its share of the loss, already normalised for the whole minibatch, and statistics to be added up. A
         step that ``judge`` finds wrong is not applied.
         """
-        parts = len(batches) * self.mesh.data_size  # Megatron divides by the number of items; one item a microbatch
+        # The trainee divides by the number of items: one a microbatch, which one of its context ranks counts.
+        parts, items = len(batches) * self.mesh.data_size, int(self.part.rank == 0)
 
         def loss(output: torch.Tensor, batch: HasTokens):
             value, stats = objective(output, batch)
-            return value * parts, 1, {**stats, "objective": float(value.detach())}
+            return value * parts, items, {**stats, "objective": float(value.detach())}
 
-        result = self.trainee.step(list(batches), lambda model, batch: logits(model, batch.tokens_BS), loss, lr, judge)
+        result = self.trainee.step(list(batches), lambda model, batch: logits(model, batch.tokens_BS, self.part), loss, lr, judge)
         result.loss = result.stats.pop("objective")
         return result
 

@@ -22,6 +22,11 @@ class Profile:
             mesh.device.record_allocations()
             self._begin_or_end()
 
+    @property
+    def running(self) -> bool:
+        """True while steps are recorded."""
+        return self._tracer is not None
+
     def step(self) -> None:
         """A step has ended."""
         if self.active:

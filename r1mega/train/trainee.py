@@ -1,4 +1,4 @@
-"""A model under training: Megatron's DDP, distributed optimizer and forward-backward schedule behind three methods.
+"""A model under training: this rank's stages in Megatron's DDP with its distributed optimizer, and a pipeline's schedule.
 
 ``Trainee.step`` takes this rank's microbatches and a loss and makes one optimizer step; pretraining, SFT and RL share it. The loss
 of a microbatch is a sum; gradients are divided by the sum of the microbatches' counts over all ranks: no split changes them.
@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 
-from r1mega.compat import megatron_balance
+from r1mega.compat import megatron_balance, megatron_mtp
 from r1mega.config.model import ModelConfig
 from r1mega.config.train import OptimConfig
 from r1mega.device import DTYPES
 from r1mega.mesh import Mesh
-from r1mega.model.build import build_model, transformer_config
+from r1mega.model.build import build_stages, transformer_config
+from r1mega.train import gradients
+from r1mega.train.pipeline.run import Executor
+from r1mega.train.pipeline.schedule import Pipeline
+from r1mega.train.stages import Stages
 
 Judge = Callable[[float, float], str]
 """(loss, gradient norm) to what is wrong with them, or ""; see :meth:`r1mega.train.health.Health.judge`."""
@@ -46,29 +49,42 @@ class StepResult:
 class Trainee:
     """The model, its gradients and its optimizer on one mesh."""
 
-    def __init__(self, model: ModelConfig, optim: OptimConfig | None, mesh: Mesh, dtype: str):
-        """Build fresh weights; ``optim`` None: for scoring alone. ``dtype``: a key of ``device.DTYPES``."""
+    def __init__(
+        self,
+        model: ModelConfig,
+        optim: OptimConfig | None,
+        mesh: Mesh,
+        dtype: str,
+        pipeline: Pipeline | None = None,
+        dispatcher: Any = None,
+    ):
+        """Build fresh weights; ``optim`` None: for scoring alone. ``dtype``: a key of ``device.DTYPES``.
+
+        ``pipeline``: None for 1F1B; ``dispatcher``: a choice, None for all-to-all.
+        """
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
         self.model_config, self.mesh, self.dtype = model, mesh, DTYPES[dtype]
+        self.pipeline = pipeline or default_pipeline(mesh.axes["pipeline"].size)
         self.config = transformer_config(model, mesh.parallel, self.dtype)
-        module = build_model(model, self.config).to(mesh.device.torch_device)
-        if self.dtype != torch.float32:
-            from megatron.core.transformer.module import Float16Module
-
-            module = Float16Module(self.config, module)
+        placement, here = self.pipeline.placement, mesh.axes["pipeline"].rank
+        built = build_stages(model, self.config, mesh.megatron_groups(), placement, mesh.parallel.stages, dispatcher)
+        self.stages = [stage.to(mesh.device.torch_device) for stage in built]
+        held = Stages(self.stages)
+        self.embedding_copy = gradients.EmbeddingCopy(
+            mesh, self.stages, placement, needed=model.tie_embeddings or bool(model.num_mtp_layers)
+        )
+        self.embedding_copy.share()
+        numbered = dict(zip(placement[here], self.stages, strict=True))
+        self.executor = Executor(mesh, self.pipeline, numbered, model.hidden_size, self.dtype)
         self.optimizer = None
-        self.model: torch.nn.Module = module
+        self.model: torch.nn.Module = held
         if optim is not None:
             ddp = DistributedDataParallelConfig(
                 use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False, bucket_size=None
             )
-            self.model = DistributedDataParallel(self.config, ddp, module)
+            self.model = DistributedDataParallel(self.config, ddp, held)
             self._make_optimizer(optim)
-            self.config.grad_scale_func = self.optimizer.scale_loss
-            self.config.no_sync_func = self.model.no_sync
-            self.config.finalize_model_grads_func = self._finalize
-        self._counts: list[torch.Tensor] = []
         self._norm: float | None = None
         self._trouble = ""
         self._judged: Callable[[float], str] = lambda norm: ""
@@ -115,25 +131,32 @@ class Trainee:
 
     @property
     def module(self) -> torch.nn.Module:
-        """Megatron's GPTModel without its wrappers."""
-        inner = self.model
-        while hasattr(inner, "module"):
-            inner = inner.module
-        return inner
+        """Megatron's GPTModel where this rank holds one stage; of several the first."""
+        return self.stages[0]
+
+    @property
+    def held(self) -> Stages:
+        """This rank's stages as one module."""
+        return self.model if isinstance(self.model, Stages) else self.model.module
 
     def routers(self) -> list[torch.nn.Module]:
-        """This stage's routers of decoder layers, in order."""
-        return [module for name, module in self.module.decoder.named_modules() if hasattr(module, "local_tokens_per_expert")]
+        """This rank's routers: of each stage's decoder layers, in order, then of its MTP block."""
+        return [
+            module
+            for stage in self.stages
+            for part in (stage.decoder, getattr(stage, "mtp", None))
+            if part is not None
+            for module in part.modules()
+            if hasattr(module, "local_tokens_per_expert")
+        ]
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters and expert biases by Megatron's names, without gradients."""
-        yield from ((name, parameter.detach()) for name, parameter in self.module.named_parameters())
+        """Parameters and expert biases by Megatron's names, layers counted over all stages, without gradients."""
+        yield from ((name, parameter.detach()) for name, parameter in self.held.named_weights())
         yield from self._expert_biases()
 
     def _expert_biases(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from (
-            (name, buffer) for name, buffer in self.module.named_buffers() if name.endswith("expert_bias") and buffer is not None
-        )
+        yield from self.held.named_expert_biases()
 
     def step(
         self,
@@ -155,6 +178,7 @@ class Trainee:
         self.optimizer.zero_grad()
         biases = [(bias, bias.clone()) for _, bias in self._expert_biases()]  # updated with the gradients, before the judgement
         total, count, stats = self._run(microbatches, forward, loss, forward_only=False)
+        load = self._finalize(count)
         mean = total / max(count, 1)
         self._judged = lambda norm: self._agreed(judge(mean, norm))
         self.optimizer.step()
@@ -162,7 +186,7 @@ class Trainee:
             for bias, before in biases:
                 bias.copy_(before)
         aux, mtp = self._side_losses(len(microbatches))
-        return StepResult(mean, count, float(self._norm or 0.0), self._trouble, stats, aux, mtp, self._take_load())
+        return StepResult(mean, count, float(self._norm or 0.0), self._trouble, stats, aux, mtp, load)
 
     def _agreed(self, trouble: str) -> str:
         """This rank's finding, or, where only another rank has one, that."""
@@ -177,68 +201,80 @@ class Trainee:
         return total / max(count, 1), count
 
     def _run(self, microbatches, forward, loss, *, forward_only: bool) -> tuple[float, int, dict[str, float]]:
-        from megatron.core.pipeline_parallel import get_forward_backward_func
+        weights = self._balance_weights(microbatches)
 
-        kept: list[tuple[float, int, dict[str, float]]] = []
+        def forward_one(stage, batch):
+            with megatron_balance.items(weights[id(batch)]):
+                return forward(stage, batch)
 
-        def reduce(batch, output):
+        def loss_of(output, batch):
             value, items, stats = loss(output, batch)
-            kept.append((float(value.detach()), items, stats))
-            return value, torch.tensor(items, dtype=torch.int, device=value.device), {}
+            return value, (float(value.detach()), items, stats)
 
-        def forward_step(iterator, model):
-            batch = next(iterator)
-            mask_BS = getattr(batch, "loss_mask_BS", None)  # without one the loss is one item: the caller has divided by its own
-            with megatron_balance.items(1 if mask_BS is None else int(mask_BS.sum())):
-                return forward(model, batch), partial(reduce, batch)
-
-        shape = microbatches[0].tokens_BS.shape
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(microbatches),
-            model=[self.model],
-            num_microbatches=len(microbatches),
-            seq_length=shape[1],
-            micro_batch_size=shape[0],
-            forward_only=forward_only,
-        )
-        names = sorted(kept[0][2]) if kept else []
+        kept = self.executor.run(microbatches, forward_one, loss_of, forward_only=forward_only)
+        names = self._stat_names(kept)
         sums = [
             sum(item[0] for item in kept),
             sum(item[1] for item in kept),
             *(sum(item[2][name] for item in kept) for name in names),
         ]
-        reduced = self.mesh.sum(torch.tensor(sums, dtype=torch.float64, device=self.mesh.device.torch_device))
-        values = reduced.tolist()
+        sums = torch.tensor(sums, dtype=torch.float64, device=self.mesh.device.torch_device)
+        values = self.mesh.sum(sums, "data", "context", "pipeline").tolist()
         return values[0], int(values[1]), dict(zip(names, values[2:], strict=True))
 
-    def _finalize(self, model, num_tokens=None, **kwargs) -> None:
-        from megatron.core.distributed import finalize_model_grads
+    def _balance_weights(self, microbatches: list[Any]) -> dict[int, float]:
+        """What the balance loss of each microbatch weighs beside its sum of losses: the step's items, shared out by rows.
 
-        self._counts = [router.local_tokens_per_expert.clone() for router in self.routers() if router.enable_expert_bias]
-        finalize_model_grads(model, num_tokens, **kwargs)
+        So each sequence of the global batch weighs the same (V3 2.1.2), however many of its tokens are learnt. A batch that does
+        not count its items has divided by its own count: its loss is one item.
+        """
+        items = torch.tensor(
+            [[getattr(batch, "num_learnt", 1), len(batch.tokens_BS)] for batch in microbatches], dtype=torch.float64
+        )
+        total, rows = self.mesh.sum(items.sum(0).to(self.mesh.device.torch_device)).tolist()
+        return {id(batch): total * len(batch.tokens_BS) / rows for batch in microbatches}
 
-    def _take_load(self) -> list[list[float]]:
-        if not self._counts:
-            return []
-        counts_LE = self.mesh.sum_stage(torch.stack(self._counts).double())
-        return (counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1)).tolist()
+    def _stat_names(self, kept: list[tuple[float, int, dict[str, float]]]) -> list[str]:
+        """Names of the loss's statistics, on the ranks without a loss too."""
+        names = sorted(kept[0][2]) if kept else []
+        return max(self.mesh.gather_objects(names, "pipeline"), key=len)
+
+    def _finalize(self, count: int) -> list[list[float]]:
+        """Make the gradients ready and move the expert biases; the load of the model's decoder layers, all stages'."""
+        gradients.finalize(self.model, self.mesh, self.embedding_copy, count)
+        routers = self.routers()
+        counts_LE = gradients.update_expert_biases(routers, self.mesh, self.config.moe_router_bias_update_rate)
+        biased = [router for router in routers if router.enable_expert_bias]
+        mine = []
+        if counts_LE is not None:
+            shares_LE = counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1)
+            mine = [
+                (router.layer_number, shares)
+                for router, shares in zip(biased, shares_LE.tolist(), strict=True)
+                if router.layer_number <= self.model_config.num_layers  # MTP's are counted on from there
+            ]
+        everyone = (entry for part in self.mesh.gather_objects(mine, "pipeline") for entry in part)
+        return [shares for _, shares in sorted(everyone)]
 
     def _side_losses(self, num_microbatches: int) -> tuple[float, float]:
-        """Sequence-balance loss (sum over layers, without its coefficient) and MTP loss, over all ranks.
+        """Sequence-balance loss (sum over layers, without its coefficient) and mean MTP loss of a token, over all ranks.
 
-        From Megatron's trackers, which are emptied.
+        Megatron's trackers are emptied.
         """
         from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
-        from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-        balance, prediction = get_moe_layer_wise_logging_tracker(), MTPLossLoggingHelper.tracker
-        aux = sum(float(entry["values"].sum()) for entry in balance.values())
-        mtp = float(prediction["values"].mean()) if "values" in prediction else 0.0
+        mesh, device = self.mesh, self.mesh.device.torch_device
+        balance = get_moe_layer_wise_logging_tracker()
+        aux = torch.tensor(sum(float(entry["values"].sum()) for entry in balance.values()), dtype=torch.float64, device=device)
         balance.clear()  # not only zeroed: the next model of this process may have more layers
-        prediction.clear()
-        # a tensor or context rank holds its part of the balance loss, and the whole MTP loss of its own tokens
-        mesh, parallel = self.mesh, self.mesh.parallel
-        both = mesh.sum_everywhere(torch.tensor([aux, mtp], dtype=torch.float64, device=mesh.device.torch_device))
-        aux, mtp = (both / (num_microbatches * mesh.data_size)).tolist()
-        return aux, mtp / (parallel.tensor * parallel.context)
+        # a tensor or context rank holds its part of a layer's balance loss, one stage holds each layer
+        aux = float(mesh.sum_everywhere(aux)) / (num_microbatches * mesh.data_size)
+        total, count = mesh.sum(megatron_mtp.take(device), "data", "context", "pipeline").tolist()
+        return aux, total / max(count, 1.0)
+
+
+def default_pipeline(num_ranks: int) -> Pipeline:
+    """1F1B: one stage a rank."""
+    from r1mega.registry import lookup
+
+    return lookup("pipeline", "1f1b")().build(num_ranks)

@@ -13,11 +13,11 @@ from tests.train.cases import MODEL, one_rank
 
 def tensors() -> list[torch.Tensor]:
     """Parameters and buffers of a small model that is built with Megatron's own switch for the meta device."""
-    one_rank()
+    mesh = one_rank()
     from r1mega.model import build
 
     config = build.transformer_config(MODEL, ParallelConfig(), torch.float32, meta=True)
-    model = build.build_model(MODEL, config)
+    (model,) = build.build_stages(MODEL, config, mesh.megatron_groups())
     return [*model.parameters(), *model.buffers()]
 
 

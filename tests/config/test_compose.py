@@ -28,6 +28,7 @@ EVERY = {
     "eval": ("checkpoint=a", "data.problems=p.jsonl", "keep=kept.jsonl"),
     "export": ("checkpoint=a",),
     "report": ("run=runs/quickstart",),
+    "timeline": ("pipeline=interleaved", "pipeline.chunks=3"),
     "chat": ("checkpoint=a", "prompt='what is 1 + 1, then?'"),
 }
 
@@ -274,6 +275,8 @@ def test_every_yaml_file_composes() -> None:
             assert composition("recipe", [f"recipe={name}"]).config.name == name
         elif group == "reward":
             compose("rl", [*RL, f"reward={name}"])
+        elif group == "parallel":  # their rules want ranks: tests/config/test_parallel_rules.py
+            assert composition("pretrain", [*PRETRAIN, f"parallel={name}"]).choices["parallel"] == name
         else:
             compose("pretrain", [*PRETRAIN, f"{group}={name}", "trainer.steps=3000"])
 

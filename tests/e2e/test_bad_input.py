@@ -100,7 +100,7 @@ RL = ("rl", "out={folder}/new", "init={folder}/checkpoint", "rl.rollouts=2")
         ),
         (("chat", "checkpoint={folder}/folder_with_files"), ["checkpoint", "manifest.json"]),
         (("export", "checkpoint={folder}/checkpoint", "target={folder}/folder_with_files"), ["target", "other files"]),
-        ((*PRETRAIN, "parallel.pipeline=2", "launch.processes=2"), ["parallel.pipeline", "not serve"]),
+        ((*PRETRAIN, "parallel.pipeline=8", "launch.processes=8"), ["parallel.pipeline", "model.num_layers 4", "8"]),
         ((*PRETRAIN, "out={folder}/good.jsonl/run"), ["good.jsonl"]),
     ],
 )

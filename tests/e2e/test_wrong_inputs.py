@@ -132,13 +132,13 @@ def called(arguments: list[str]) -> tuple[Any, str]:
 def proposals(line: str) -> list[tuple[str, str]]:
     """Keys and values that a line proposes as ``use KEY=VALUE or VALUE, or KEY=VALUE``, ``for example KEY=VALUE``."""
     found = re.search(r"; (?:use|for example) ([a-z_.]+=[^;]+)$", line)
-    pairs = [part.partition("=") for part in re.split(r", (?:or|and) ", found[1]) if "=" in part] if found else []
+    pairs = [part.strip("'").partition("=") for part in re.split(r", (?:or|and) ", found[1]) if "=" in part] if found else []
     return [(key, value) for key, _, values in pairs for value in re.split(r", | or ", values) if " " not in value]
 
 
 def unmended(arguments: list[str], text: str, config: Any) -> list[str]:
     """Proposals that leave the fault where it is. ``config``: what was checked, None where it could not be composed."""
-    from r1mega import api
+    from r1mega import api, registry
     from r1mega.config import paths, rules
     from r1mega.config.errors import UserError
 
@@ -159,7 +159,10 @@ def unmended(arguments: list[str], text: str, config: Any) -> list[str]:
                         lambda node, part: node[part] if isinstance(node, dict) else getattr(node, part), sections, mended
                     )
                     assert hasattr(holder, name), key
-                    setattr(holder, name, yaml.safe_load(value))
+                    if sections and sections[-1] in registry.KINDS:  # a choice is frozen
+                        setattr(mended, sections[-1], dataclasses.replace(holder, **{name: yaml.safe_load(value)}))
+                    else:
+                        setattr(holder, name, registry.lookup(key, value)() if key in registry.KINDS else yaml.safe_load(value))
                     rules.check(mended)
                     paths.check_paths(mended)
             except UserError as error:

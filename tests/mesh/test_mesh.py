@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from r1mega.config.errors import UserError
 from r1mega.config.run import DeviceConfig, LaunchConfig, ParallelConfig
@@ -26,9 +27,9 @@ def alone():
 
 
 def test_one_rank(alone: Mesh) -> None:
-    assert alone.degrees == {"data": 1, "tensor": 1, "pipeline": 1, "context": 1, "expert": 1}
+    assert alone.degrees == {"data": 1, "tensor": 1, "pipeline": 1, "context": 1, "expert": 1, "expert_tensor": 1}
     assert (alone.rank, alone.world_size, alone.data_rank, alone.data_size) == (0, 1, 0, 1)
-    assert alone.is_first and alone.is_last_stage
+    assert alone.is_first and all(axis.size == 1 and axis.ranks == (0,) for axis in alone.axes.values())
     value = {"a": 1}
     assert alone.broadcast_object(value) is value and broadcast_object(value) is value and alone.gather_objects(value) == [value]
     assert alone.sum(torch.tensor([2.0])) == alone.max(torch.tensor([2.0])) == alone.sum_everywhere(torch.tensor([2.0])) == 2
@@ -50,8 +51,12 @@ def test_degrees_that_do_not_divide_the_processes_are_refused(alone: Mesh) -> No
 
 
 def test_another_layout_in_the_same_process_is_refused(alone: Mesh) -> None:
-    with pytest.raises(UserError, match=r"parallel: a process keeps one mesh; got ParallelConfig\(.*expert=2\) on cpu after"):
+    with pytest.raises(UserError, match="expert x expert_tensor x pipeline divides the number of processes; got 2 for 1"):
         opened(expert=2)
+    with pytest.raises(
+        UserError, match=r"parallel: a process keeps one mesh; got ParallelConfig\(.*stages='EtL'.*\) with 1 stages a rank"
+    ):
+        open_mesh(alone.device, ParallelConfig(stages="EtL"), LaunchConfig(), 1)
 
 
 def test_without_a_mesh_nothing_is_shared() -> None:
@@ -91,14 +96,22 @@ def two_ranks() -> dict[str, Any]:
     )
     close_mesh()
     mesh = opened(pipeline=2)
-    seen["last"], seen["stage"] = mesh.is_last_stage, mesh.sum_stage(torch.tensor([1 + rank])).tolist()
+    seen["line"], seen["stage"] = mesh.axes["pipeline"], mesh.sum_stage(torch.tensor([1 + rank])).tolist()
+    seen["line"] = seen["line"].rank, seen["line"].ranks
+    groups = mesh.connect([(0, 1)] if rank == 0 else [(1, 0)])
+    seen["edges"] = sorted(groups), mesh.connect([]) is groups
+    works = [dist.isend(torch.tensor([10 + rank]), dst=1 - rank, group=groups[rank, 1 - rank])]
+    got = torch.zeros(1, dtype=torch.long)
+    works.append(dist.irecv(got, src=1 - rank, group=groups[1 - rank, rank]))
+    [work.wait() for work in works]
+    seen["received"] = got.item()
     return seen
 
 
 def test_two_ranks() -> None:
     ranks = run_ranks(two_ranks, 2)
     for rank, seen in enumerate(ranks):
-        assert seen["degrees"] == {"data": 2, "tensor": 1, "pipeline": 1, "context": 1, "expert": 1}
+        assert seen["degrees"] == {"data": 2, "tensor": 1, "pipeline": 1, "context": 1, "expert": 1, "expert_tensor": 1}
         assert seen["data"] == (rank, 2) and seen["first"] == (rank == 0)
         assert seen["broadcast"] == ("from 0", [0])
         assert seen["gather"] == [{"rank": 0}, {"rank": 1}]
@@ -107,7 +120,8 @@ def test_two_ranks() -> None:
         assert seen["failures"][2] == " got 3 for 2" and "a process keeps" not in seen["failures"][3]
         assert "tensor=2" in seen["failures"][3] and len(seen["failures"]) == 4
         degrees, data_size, gathered, summed = seen["tensor"]
-        assert degrees == {"data": 1, "tensor": 2, "pipeline": 1, "context": 1, "expert": 1} and data_size == 1
+        assert degrees == {"data": 1, "tensor": 2, "pipeline": 1, "context": 1, "expert": 1, "expert_tensor": 1} and data_size == 1
         assert gathered == [rank] and summed == [rank], "ranks of one data shard hold the same"
         assert seen["tensor_everywhere"] == ([3], [3])
-        assert seen["last"] == (rank == 1) and seen["stage"] == [1 + rank]
+        assert seen["line"] == (rank, (0, 1)) and seen["stage"] == [1 + rank]
+        assert seen["edges"] == ([(0, 1), (1, 0)], True) and seen["received"] == 11 - rank

@@ -42,10 +42,11 @@ def on_paper(m: ModelConfig) -> int:
 
 
 def meta_model(model: ModelConfig):
-    one_rank()
-    from r1mega.model.build import build_model, transformer_config
+    mesh = one_rank()
+    from r1mega.model.build import build_stages, transformer_config
 
-    return build_model(model, transformer_config(model, ParallelConfig(), torch.bfloat16, meta=True))
+    (built,) = build_stages(model, transformer_config(model, ParallelConfig(), torch.bfloat16, meta=True), mesh.megatron_groups())
+    return built
 
 
 @pytest.mark.parametrize(

@@ -47,3 +47,20 @@ def test_a_packed_sample_has_the_losses_of_the_sample_alone() -> None:
     assert (losses(samples, packed=False)[7:] - torch.cat(alone)[7:]).abs().max() > 1e-3, (
         "without the mask they would see each other"
     )
+
+
+def test_a_context_ranks_part_of_a_batch_by_hand() -> None:
+    one_rank()
+    from r1mega.model.context import ALONE, ContextPart
+    from r1mega.model.forward import TokenTensors
+
+    tokens = torch.arange(8)[None]
+    mask = torch.tensor([[0.0, 1, 1, 0, 0, 0, 0, 1]])
+    ids = torch.tensor([[1, 1, 1, 2, 2, 2, 0, 0]], dtype=torch.int32)
+    whole = TokenTensors(tokens, tokens + 1, mask, ids)
+    assert whole.cut(ALONE) is whole and whole.num_learnt == 3
+    outer, inner = (whole.cut(ContextPart(rank, 2, object())) for rank in range(2))
+    assert outer.tokens_BS.tolist() == [[0, 1, 6, 7]] and inner.tokens_BS.tolist() == [[2, 3, 4, 5]]
+    assert outer.labels_BS.tolist() == [[1, 2, 7, 8]] and inner.loss_mask_BS.tolist() == [[1, 0, 0, 0]]
+    assert outer.num_learnt == inner.num_learnt == 3, "of the whole rows: the balance loss weighs by it"
+    assert int(outer.loss_mask_BS.sum()) == 2 and outer.segment_ids_BS is ids and outer.part.parts == (0, 3)

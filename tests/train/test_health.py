@@ -80,7 +80,7 @@ def test_a_step_that_is_wrong_changes_nothing(train_data: Path, value: float) ->
     loader = PretrainLoader({str(train_data / "text"): 1.0}, LENGTH, 8, seed=1)
 
     def step(factor: float, judge):
-        parts = fit.tensors(loader.next(), 4, mesh.device.torch_device, segments=False)
+        parts = fit.tensors(loader.next(), 4, mesh, segments=False)
 
         def loss(losses_BS, batch):
             total, count, stats = fit.masked_sum(losses_BS, batch)

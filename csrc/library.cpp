@@ -1,0 +1,11 @@
+// Every op's schema: the index of our kernels. The text of each stands in its Python file too (r1mega/ops/), which defines it where
+// this library is not built; a test compares the two.
+
+#include <torch/library.h>
+
+TORCH_LIBRARY(r1mega, m) {
+  m.def(
+      "permute(Tensor tokens, Tensor probs, Tensor routing_map, SymInt num_rows, SymInt width) "
+      "-> (Tensor rows, Tensor row_probs, Tensor counts, Tensor row_tokens, Tensor token_rows)");
+  m.def("unpermute(Tensor rows, Tensor token_rows, Tensor row_tokens) -> Tensor tokens");
+}

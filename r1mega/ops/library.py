@@ -1,0 +1,118 @@
+"""Our ops in torch's dispatcher: the C++ library where it is built for this torch, the plain-torch references elsewhere.
+
+An op is an :class:`Op`: schema, reference, fake, backward, cases. :func:`load` registers all ops once a process, on first use.
+Where the library ``r1mega/_C.torch-VERSION.so`` is there, its kernels serve their device; the reference serves every device without
+a kernel of its own. Where it is not there, rank 0 says so once on stderr.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1mega.config.errors import UserError
+
+NAMESPACE = "r1mega"
+BUILD = "python setup.py build_ext --inplace"
+FILES = ("r1mega.ops.permute",)
+"""The modules that hold ops, each as ``OPS``."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of an op for tests. ``make(dtype, device)`` gives them; tensors of a floating type are differentiated."""
+
+    name: str
+    make: Callable[[torch.dtype, torch.device], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op, complete.
+
+    ``schema``: as in ``csrc/library.cpp``. ``reference``: plain torch, the values that every kernel is tested against, on any
+    device and without a wait for it. ``fake``: shapes and dtypes. ``setup_context`` and ``backward``: of
+    ``torch.library.register_autograd``.
+    """
+
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    setup_context: Callable[..., None]
+    backward: Callable[..., Any]
+    cases: tuple[Case, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """The name in ``torch.ops.r1mega``."""
+        return self.schema.partition("(")[0]
+
+    @property
+    def packet(self) -> Any:
+        """What ``torch.ops.r1mega.NAME`` is, all ops loaded."""
+        load()
+        return getattr(torch.ops.r1mega, self.name)
+
+
+def library_path() -> Path:
+    """Where the C++ library for this torch lies, built or not."""
+    return Path(__file__).resolve().parent.parent / f"_C.torch-{torch.__version__}.so"
+
+
+@functools.cache
+def load() -> bool:
+    """Register all ops; True where the C++ library serves them. Raises UserError for a library whose schemas are not these."""
+    built = _load_library()
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    for op in all_ops():
+        if not built:
+            library.define(op.schema)
+        elif (fault := _stale(op)) is not None:
+            raise UserError(f"ops: the C++ library is of this source; got {fault} in {library_path()}; run {BUILD}")
+        library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+        name = f"{NAMESPACE}::{op.name}"
+        torch.library.register_fake(name, op.fake, lib=library)
+        torch.library.register_autograd(name, op.backward, setup_context=op.setup_context, lib=library)
+    _keep.append(library)
+    return built
+
+
+_keep: list[torch.library.Library] = []
+"""A torch.library.Library takes its registrations back when it is freed."""
+
+
+def all_ops() -> tuple[Op, ...]:
+    """Every op, from the modules of :data:`FILES`."""
+    return tuple(op for name in FILES for op in importlib.import_module(name).OPS)
+
+
+def _load_library() -> bool:
+    path, why = library_path(), "it is not built"
+    if path.is_file():
+        try:
+            torch.ops.load_library(str(path))
+            return True
+        except (OSError, RuntimeError) as error:  # another compiler's runtime, or a torch of the same version built in another way
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"ops: no C++ kernels for torch {torch.__version__} ({why}), plain torch does their work; to build them: {BUILD}",
+            file=sys.stderr,
+        )
+    return False
+
+
+def _stale(op: Op) -> str | None:
+    packet = getattr(torch.ops.r1mega, op.name, None)
+    if packet is None:
+        return f"no {op.name}"
+    found, wanted = packet.default._schema, torch._C.parse_schema(f"{NAMESPACE}::{op.schema}")
+    return None if str(found) == str(wanted) else f"{found}"

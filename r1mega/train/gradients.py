@@ -1,0 +1,87 @@
+"""What gradients need after the backward passes: sums over the axes, the embedding's two copies, expert biases, the division.
+
+In: this rank's stages in Megatron's DDP, whose buffers hold sums over microbatches. Out: the same buffers, ready for the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from r1mega.mesh import Mesh
+
+
+class EmbeddingCopy:
+    """The embedding on the last stage, for MTP (V3 2.2) or a tied head, where another rank holds the embedding itself."""
+
+    def __init__(self, mesh: Mesh, stages: Sequence[torch.nn.Module], placement: tuple[tuple[int, ...], ...], *, needed: bool):
+        """``needed``: the last stage uses the embedding's weight."""
+        line = mesh.axes["pipeline"]
+        last = max(stage for held in placement for stage in held)
+        ends = [next(rank for rank, held in enumerate(placement) if stage in held) for stage in (0, last)]
+        self._pair = tuple(line.ranks[rank] for rank in ends)
+        self._weight: torch.nn.Parameter | None = None
+        if not needed or ends[0] == ends[1]:
+            return
+        self._group = mesh.connect([self._pair])[self._pair]
+        if line.rank in ends:
+            holder = next(part for part in stages if (part.pre_process if line.rank == ends[0] else part.post_process))
+            self._weight = holder.shared_embedding_or_output_weight()
+
+    def share(self) -> None:
+        """Give the copy the embedding's value."""
+        if self._weight is not None:
+            dist.broadcast(self._weight.data, src=self._pair[0], group=self._group)
+
+    def sum_gradients(self) -> None:
+        """Give both the sum of their gradients, so that they stay equal."""
+        if self._weight is not None:
+            dist.all_reduce(self._weight.main_grad, group=self._group)
+
+
+def finalize(model: torch.nn.Module, mesh: Mesh, copy: EmbeddingCopy, count: int) -> None:
+    """Sum over data and context (to the optimizer's shards), tensor ranks and the embedding's copies, and divide by ``count``.
+
+    ``model``: Megatron's DDP over this rank's stages; ``count``: items of the global batch that the loss is a sum of.
+    """
+    copy.sum_gradients()  # first: behind the sums over data each rank's buffer is right in its own shard alone
+    model.finish_grad_sync()
+    _sum_over_tensor(model, mesh)
+    if count:
+        model.scale_gradients(1.0 / torch.tensor(count, dtype=torch.int, device=mesh.device.torch_device))
+
+
+def _sum_over_tensor(model: torch.nn.Module, mesh: Mesh) -> None:
+    """Weights that every tensor rank holds whole saw a part of the sequence on each, or a latent's use by its own heads."""
+    line = mesh.axes["tensor"]
+    if line.size == 1:
+        return
+    grads = [
+        parameter.main_grad
+        for name, parameter in model.module.named_parameters()
+        if getattr(parameter, "sequence_parallel", False) or "q_layernorm" in name or "k_layernorm" in name
+    ]
+    if grads:
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat, group=line.group)
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def update_expert_biases(routers: Sequence[torch.nn.Module], mesh: Mesh, rate: float) -> torch.Tensor | None:
+    """Move the biases of a stage's routers against their load and empty the routers' counts (V3 2.1.2).
+
+    ``b_i += rate`` for experts below the mean load of the global batch, ``-= rate`` above. Returns the assignments counted, float64
+    ``[layers, experts]``, or None where no router has a bias. The same on every rank of the stage.
+    """
+    biased = [router for router in routers if router.enable_expert_bias]
+    if not biased:
+        return None
+    counts_LE = mesh.sum_stage(torch.stack([router.local_tokens_per_expert for router in biased]))
+    mean_L1 = counts_LE.sum(dim=-1, keepdim=True) / counts_LE.shape[-1]
+    for router, step_E in zip(biased, torch.sign(mean_L1 - counts_LE) * rate, strict=True):
+        router.expert_bias.add_(step_E)
+        router.local_tokens_per_expert.zero_()
+    return counts_LE.double()

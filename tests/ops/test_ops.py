@@ -1,0 +1,164 @@
+"""All ops over their cases and the devices that are here: schema, values, gradients, the same bits twice, kernel against reference."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from r1mega.ops import library
+from r1mega.ops.permute import permute, unpermute
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OPS = library.all_ops()
+BUILT = library.load()
+EVERY = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPS for case in op.cases]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def as_tuple(output) -> tuple:
+    return output if isinstance(output, tuple | list) else (output,)
+
+
+def same(left, right) -> bool:
+    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(as_tuple(left), as_tuple(right), strict=True))
+
+
+def differentiable(args) -> list[torch.Tensor]:
+    """The floating arguments as leaves of the same strides."""
+    return [arg.detach().requires_grad_() if torch.is_tensor(arg) and arg.is_floating_point() else arg for arg in args]
+
+
+def gradients(call, args) -> list[torch.Tensor]:
+    leaves = differentiable(args)
+    outputs = [out for out in as_tuple(call(*leaves)) if out.is_floating_point()]
+    draw = torch.Generator().manual_seed(5)
+    weights = [torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out.device, out.dtype) for out in outputs]
+    return torch.autograd.grad(outputs, [leaf for leaf in leaves if torch.is_tensor(leaf) and leaf.requires_grad], weights)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op, case", EVERY)
+def test_the_schema_the_fake_and_the_autograd_registration_hold(op, case, device) -> None:
+    args = differentiable(case.make(torch.float32, torch.device(device)))
+    torch.library.opcheck(op.packet, tuple(args))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op, case", EVERY)
+def test_values_are_the_references_twice_in_the_same_bits(op, case, dtype, device) -> None:
+    """Copies and sums of one order: every kernel gives the reference's bits, not only values near them."""
+    args = case.make(dtype, torch.device(device))
+    first = op.packet(*args)
+    assert same(first, op.reference(*args)) and same(first, op.packet(*args))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op, case", EVERY)
+def test_gradients_are_those_of_finite_differences(op, case, device) -> None:
+    args = differentiable(case.make(torch.float64, torch.device(device)))
+    if case.name == "extreme values":
+        pytest.skip("finite differences of numbers near 1e4 say nothing; their bits are compared below")
+    many = sum(arg.numel() for arg in args if torch.is_tensor(arg)) > 1000  # then along random directions, not each number
+    torch.autograd.gradcheck(lambda *a: [out for out in as_tuple(op.packet(*a)) if out.is_floating_point()], args, fast_mode=many)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op, case", EVERY)
+def test_gradients_have_the_same_bits_twice(op, case, dtype, device) -> None:
+    args = case.make(dtype, torch.device(device))
+    assert same(gradients(op.packet, args), gradients(op.packet, args))
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_rows_are_sorted_by_expert_then_token_and_come_back_as_sums(top_k) -> None:
+    tokens = torch.arange(1.0, 5.0).unsqueeze(1).repeat(1, 3)
+    chosen = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]]).bool()
+    probs = torch.arange(12.0).view(4, 3)
+    got = permute(tokens, probs, chosen, top_k)
+    assert got.rows_RD[:, 0].tolist() == [1, 3, 4, 2, 4, 1, 2, 3]
+    assert got.probs_R.tolist() == [0, 6, 9, 4, 10, 2, 5, 8]
+    assert got.counts_E.tolist() == [3, 2, 3] and got.counts_E.dtype == torch.int64
+    torch.testing.assert_close(unpermute(got.rows_RD, got.row_map), 2 * tokens, rtol=0, atol=0)
+
+
+def test_sums_are_in_fp32_and_rounded_once() -> None:
+    rows = torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)  # 256 + 1 is 256 in bf16
+    chosen = torch.ones(1, 5, dtype=torch.bool)
+    row_map = permute(torch.zeros(1, 1), torch.zeros(1, 5), chosen).row_map
+    assert unpermute(rows, row_map).item() == 260
+
+
+def test_a_promise_of_top_k_that_is_not_kept_is_refused() -> None:
+    chosen = torch.tensor([[True, True, False], [True, False, False]])
+    with pytest.raises(ValueError, match="expected as many rows as routing_map chooses, 3, got 4"):
+        permute(torch.zeros(2, 4), torch.zeros(2, 3), chosen, top_k=2)
+    even = torch.tensor([[True, True, True], [True, False, False]])  # as many rows, not as many a token
+    with pytest.raises(ValueError, match="expected a width of at least a token's rows, 3, got 2"):
+        permute(torch.zeros(2, 4), torch.zeros(2, 3), even, top_k=2)
+
+
+@pytest.mark.skipif(not BUILT, reason=f"the C++ library is not built: {library.BUILD}")
+def test_the_kernels_checks_say_what_was_expected_and_what_came() -> None:
+    op = torch.ops.r1mega.permute
+    map_TE = torch.ones(2, 3, dtype=torch.bool)
+    for args, text in (
+        ((torch.zeros(2), torch.zeros(2, 3), map_TE, 6, 3), r"expected tokens \[T, D\], got 1 dim"),
+        ((torch.zeros(2, 4), torch.zeros(2, 3), map_TE.int(), 6, 3), "expected routing_map of bool, got Int"),
+        ((torch.zeros(2, 4), torch.zeros(2, 2), map_TE, 6, 3), r"expected probs of routing_map's shape \[2, 3\], got \[2, 2\]"),
+        ((torch.zeros(4, 4), torch.zeros(2, 3), map_TE, 6, 3), "expected a row of routing_map a token, 4, got 2"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            op(*args)
+    with pytest.raises(IndexError, match="expected rows from -1 to 1, got 2"):
+        torch.ops.r1mega.unpermute(torch.zeros(2, 3), torch.tensor([[2]]), torch.tensor([0, 0]))
+
+
+def test_the_python_schemas_are_those_of_the_library_source() -> None:
+    source = (ROOT / "csrc" / "library.cpp").read_text().replace('"\n      "', "")
+    assert [op.schema for op in OPS if f'"{op.schema}"' not in source] == []
+    assert source.count("m.def(") == len(OPS)
+
+
+def without_library(code: str, **env: str) -> subprocess.CompletedProcess:
+    hide = "from r1mega.ops import library; from pathlib import Path; library.library_path = lambda: Path('/nowhere/_C.so'); "
+    done = [sys.executable, "-c", hide + code]
+    return subprocess.run(done, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def test_without_the_library_the_references_serve_and_rank_0_says_so_once() -> None:
+    code = (
+        "import torch; from r1mega.ops.permute import permute, unpermute; x = torch.randn(5, 3, requires_grad=True); "
+        "m = torch.rand(5, 4) < 0.5; "
+        "p = [permute(x, torch.rand(5, 4), m) for _ in range(2)][0]; y = unpermute(p.rows_RD, p.row_map); y.sum().backward(); "
+        "torch.testing.assert_close(x.grad, m.sum(1, keepdim=True).float().expand(5, 3)); print(library.load())"
+    )
+    alone = without_library(code)
+    assert alone.returncode == 0 and alone.stdout.strip() == "False", alone.stderr
+    said = alone.stderr.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("ops: no C++ kernels for torch") and said[0].endswith(library.BUILD)
+    assert without_library(code, RANK="1").stderr == ""
+
+
+def test_a_library_that_torch_cannot_load_is_told_and_not_fatal(tmp_path) -> None:
+    (tmp_path / "broken.so").write_bytes(b"not a library")
+    done = without_library(f"library.library_path = lambda: Path({str(tmp_path / 'broken.so')!r}); print(library.load())")
+    assert done.stdout.strip() == "False" and "broken.so" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(not BUILT, reason=f"the C++ library is not built: {library.BUILD}")
+def test_a_library_of_another_schema_is_refused_with_the_command() -> None:
+    code = (
+        "import dataclasses; from r1mega.ops import library, permute; path = library.Path(library.__file__).parent.parent; import torch; "
+        "permute.OPS = (dataclasses.replace(permute.PERMUTE, schema='permute(Tensor tokens) -> Tensor'),); library.load()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "ops: the C++ library is of this source; got r1mega::permute(Tensor tokens, Tensor probs" in done.stderr
+    assert library.BUILD in done.stderr

@@ -1,0 +1,170 @@
+"""RL over context ranks: an update from given rows is one rank's, ranks share the generating and agree on the rollout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from r1mega.config.run import ParallelConfig
+from r1mega.mesh import close_mesh
+from r1mega.rl.batch import RolloutRow, microbatches
+from r1mega.rl.loop import RlLoop
+from r1mega.rl.setup import open_run_mesh, over_context
+from r1mega.rl.types import Completion
+from r1mega.testing.ranks import run_ranks
+from r1mega.train import checkpoint
+from tests.rl.test_loop import Digits, config, place, same, weights  # noqa: F401  place is a fixture
+from tests.train.cases import MODEL, lines
+
+TOLERANCE = 1e-5
+BALANCE_OFF = {"expert_bias_update_rate": 0.0, "seq_aux_loss_coef": 0.0}
+"""As configs/rl.yaml: the balance would count the padding, of which context ranks want more."""
+
+
+def rows(equal: bool) -> list[RolloutRow]:
+    """Eight responses of chance, of many lengths, or all of thirteen tokens with their prompts."""
+    draw = torch.Generator().manual_seed(7)
+    made = []
+    for number in range(8):
+        prompt, response = (5, 8) if equal else (3 + number % 3, 1 + number)
+        ids = torch.randint(20, MODEL.vocab_size, (prompt + response,), generator=draw).tolist()
+        completion = Completion(ids[prompt:], [-5.0] * response, "length")
+        made.append(RolloutRow(ids[:prompt], completion, advantage=float(torch.randn((), generator=draw))))
+    return made
+
+
+def opened(place: Path, out: Path, model: dict[str, Any], **degrees: Any) -> RlLoop:  # noqa: F811
+    settings = config(place, out, micro_batch_size=3)
+    settings.model, settings.parallel = model, ParallelConfig(**degrees)
+    return RlLoop(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits())
+
+
+def updated(place: Path, out: Path, **degrees: Any) -> list[dict[str, Any]]:  # noqa: F811
+    """Two updates on given rows, twice: without the balance on rows of many lengths, with it on equal rows."""
+    found = []
+    for number, (model, equal) in enumerate(((BALANCE_OFF, False), ({"seq_aux_loss_coef": 0.05}, True))):
+        loop = opened(place, out / str(number), model, **degrees)
+        batch = rows(equal)
+        loop.score(batch)
+        before = [(row.old, row.ref) for row in batch]
+        results = loop.train(batch)
+        loop.score(batch)
+        numbers = [(result.loss, result.grad_norm, result.stats, result.aux_loss) for result in results]
+        found.append(
+            {"before": before, "after": [(row.old, row.ref) for row in batch], "numbers": numbers, "weights": weights(loop)}
+        )
+        loop.metrics.close()
+    return found
+
+
+def rolled_out(place: Path, out: Path, **degrees: Any) -> dict[str, Any]:  # noqa: F811
+    """A whole loop: what was drawn, how much of it here, the weights at the end."""
+    loop = opened(place, out, BALANCE_OFF, **degrees)
+    drawn, shares = [], []
+    generate, judge, engine = loop.generate, loop.judge, loop.engine.generate
+
+    def counted(prompts, *args):
+        shares.append(len(prompts))
+        return engine(prompts, *args)
+
+    def kept():
+        batch, problems = generate()
+        drawn.append([row.completion for row in batch])
+        return batch, problems
+
+    def judged(batch, problems):
+        rewards = judge(batch, problems)
+        drawn.append([row.advantage for row in batch])
+        return rewards
+
+    loop.engine.generate, loop.generate, loop.judge = counted, kept, judged
+    for _ in range(2):
+        loop.rollout()
+    loop.finish()
+    return {"drawn": drawn, "shares": shares, "weights": weights(loop)}
+
+
+def two_ranks(place: Path, out: Path) -> dict[str, Any]:  # noqa: F811
+    """Everything that two context ranks do."""
+    found: dict[str, Any] = {}
+    for exchange in ("allgather", "ring"):
+        found[exchange] = updated(place, out / exchange, context=2, context_exchange=exchange)
+        close_mesh()
+    found["loop"] = rolled_out(place, out / "loop", context=2)
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(place: Path) -> list[dict[str, Any]]:  # noqa: F811
+    close_mesh()
+    found = updated(place, place / "one")
+    close_mesh()
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(place: Path) -> list[dict[str, Any]]:  # noqa: F811
+    return run_ranks(two_ranks, 2, place, place / "context")
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "ring"])
+def test_updates_are_those_of_one_rank(one, two, exchange: str) -> None:
+    for rank in two:
+        for ours, theirs in zip(rank[exchange], one, strict=True):
+            for when in ("before", "after"):
+                for mine, other in zip(ours[when], theirs[when], strict=True):
+                    for got, want in zip(mine, other, strict=True):
+                        assert got.shape == want.shape and len(got)
+                        torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
+            for got, want in zip(ours["numbers"], theirs["numbers"], strict=True):
+                assert got[0] == pytest.approx(want[0], abs=TOLERANCE) and got[1] == pytest.approx(want[1], abs=TOLERANCE)
+                assert got[2] == pytest.approx(want[2], abs=1e-4) and got[2]["num_tokens"] == want[2]["num_tokens"] > 0
+                assert got[3] == pytest.approx(want[3], abs=TOLERANCE)
+            assert ours["weights"].keys() == theirs["weights"].keys()
+            for name, tensor in ours["weights"].items():
+                torch.testing.assert_close(
+                    tensor, theirs["weights"][name], atol=TOLERANCE, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+                )
+        assert rank[exchange][1]["numbers"][0][3] > 0, "the balance was on"
+    moved = [(row[0] - row[1]).abs().max() for row in one[0]["after"]]
+    assert max(moved) > 1e-3, "two updates moved the policy from its reference"
+
+
+def test_ranks_share_the_generating_and_agree(two, place: Path) -> None:  # noqa: F811
+    first, second = (rank["loop"] for rank in two)
+    assert first["shares"] == second["shares"] == [4, 4], "half of 8 responses each, twice"
+    assert first["drawn"] == second["drawn"] and len(first["drawn"]) == 4
+    responses = first["drawn"][0]
+    assert len(responses) == 8 and responses[:4] != responses[4:]
+    assert same(first["weights"], second["weights"])
+    told = lines(place / "context/loop")
+    assert [line["rollout"] for line in told] == [1, 2] and all(line["rollout_diff_max"] < 1e-4 for line in told)
+
+
+def test_every_item_is_done_once_whatever_the_number_of_ranks() -> None:
+    from types import SimpleNamespace
+
+    for size in (1, 2, 3, 5):
+        done: list[int] = []
+        for rank in range(size):
+            mesh = SimpleNamespace(
+                axes={"context": SimpleNamespace(rank=rank, size=size)}, gather_objects=lambda mine, axis: [mine]
+            )
+            done += over_context(mesh, 4, lambda share: list(range(4))[share])
+        assert done == [0, 1, 2, 3]
+
+
+def test_rows_are_padded_to_what_the_layout_cuts() -> None:
+    from r1mega.model.context import ContextPart
+
+    row = RolloutRow([1, 2, 3], Completion([4, 5, 6], [-1.0] * 3, "stop"), old=torch.tensor([-0.1, -0.2, -0.3]))
+    parts = [ContextPart(rank, 2, object()) for rank in range(2)]
+    early, late = (microbatches([row], 1, 9, torch.device("cpu"), part, 8)[0] for part in parts)
+    assert early.tokens_BS.tolist() == [[1, 2, 9, 9]] and early.targets_BS.tolist() == [[2, 3, 9, 9]]
+    assert late.tokens_BS.tolist() == [[3, 4, 5, 6]] and late.targets_BS.tolist() == [[4, 5, 6, 9]]
+    assert late.mask_BS.tolist() == [[True, True, True, False]] and not early.mask_BS.any()
+    torch.testing.assert_close(late.old_BS, torch.tensor([[-0.1, -0.2, -0.3, 0]]))
+    assert early.lengths_B.tolist() == late.lengths_B.tolist() == [3] and early.whole_mask_BS.shape == (1, 8)
