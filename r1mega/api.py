@@ -21,11 +21,13 @@ from r1mega import provenance
 from r1mega.config import rules
 from r1mega.config.environment import check_ranks
 from r1mega.config.errors import UserError, nearest
+from r1mega.config.launch_rules import num_processes
 from r1mega.config.paths import check_paths
 from r1mega.config.rl import ProblemDataConfig
 from r1mega.config.run import ComputeConfig
 from r1mega.config.schema import schema
 from r1mega.files import View, quoted
+from r1mega.launch.start import start, starts
 from r1mega.train import manifest
 
 RESULT_VARIABLE = "R1MEGA_RESULT"
@@ -82,11 +84,15 @@ def run(command: str, overrides: Iterable[str] | Any = ()) -> Any:
     """
     view, arguments, choices = _viewed(command, overrides, begin=True)
     entry, config = COMMANDS[command], view.config
-    if isinstance(config, ComputeConfig) and config.launch.processes > 1 and "RANK" not in os.environ:
-        return _run_ranks(command, arguments, config.launch.processes, view.env)
+    if "RANK" not in os.environ and starts(config):
+        return _run_ranks(command, arguments, config, view.env)
     is_first = int(os.environ.get("RANK", "0")) == 0
     if not is_first and not entry.all_ranks:
         return None
+    if entry.all_ranks and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ:
+        from r1mega.mesh.rendezvous import agree_on_config
+
+        agree_on_config(view.given)
     if is_first and entry.saves:
         from r1mega.config.compose import save_config
 
@@ -191,22 +197,22 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _run_ranks(command: str, arguments: Iterable[str] | None, processes: int, env: dict[str, str]) -> Any:
-    """Start ``python -m r1mega`` with the same arguments once a rank."""
+def _run_ranks(command: str, arguments: Iterable[str] | None, config: ComputeConfig, env: dict[str, str]) -> Any:
+    """Start ``python -m r1mega`` with the same arguments once a rank; rank 0's result where it ran here, else None."""
     if arguments is None:
         raise UserError(
-            f"launch.processes: 1 for a ready config, which runs in this process; got {processes}; give overrides as "
+            f"launch.processes: 1 for a ready config, which runs in this process; got {num_processes(config.launch)} (launch.kind "
+            f"{config.launch.kind}); give overrides as "
             "text, or start the script under torchrun"
         )
-    from r1mega.launch.local import start_ranks
 
     package_parent = str(Path(__file__).resolve().parent.parent)
     search = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH", "")]))
     with tempfile.TemporaryDirectory(prefix="r1mega-") as folder:
         result_file = Path(folder) / "result.pickle"
         env = {**env, "PYTHONPATH": search, RESULT_VARIABLE: str(result_file)}
-        start_ranks(["-m", "r1mega", command, *arguments], processes, env=env)
-        return pickle.loads(result_file.read_bytes())  # written by our own rank 0 into our own folder
+        start(command, arguments, config, env)
+        return pickle.loads(result_file.read_bytes()) if result_file.exists() else None  # from our own rank 0
 
 
 def _call(command: str, overrides: tuple[Any, ...]) -> Any:

@@ -29,7 +29,7 @@ from r1mega.config.groups import config_dir
 from r1mega.config.model import ModelConfig
 from r1mega.config.overrides import Request, read, type_problem
 from r1mega.config.rl import RewardConfig
-from r1mega.config.run import DeviceConfig, ParallelConfig, PrecisionConfig
+from r1mega.config.run import DeviceConfig, LaunchConfig, ParallelConfig, PrecisionConfig
 from r1mega.config.schema import command_of, find, kinds, nearest_key, schema
 from r1mega.config.train import OptimConfig
 
@@ -37,6 +37,7 @@ PRESETS: dict[str, type] = {
     "model": ModelConfig,
     "device": DeviceConfig,
     "precision": PrecisionConfig,
+    "launch": LaunchConfig,
     "optim": OptimConfig,
     "parallel": ParallelConfig,
     "reward": RewardConfig,

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from r1mega.config.errors import UserError
 from r1mega.config.run import LaunchConfig, ParallelConfig
 from r1mega.device import Device
+from r1mega.mesh import rendezvous, watch
 
 AXES = ("data", "tensor", "pipeline", "context", "expert", "expert_tensor", "expert_data")
 """The first four multiply to the world; the last three, with pipeline, cut the same ranks anew for the routed experts."""
@@ -175,8 +176,10 @@ def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, se
     if _open is None:
         if not dist.is_initialized():
             timeout = datetime.timedelta(seconds=launch.timeout_seconds)
-            store = _meeting_place(rank, world, timeout)
+            meeting = rendezvous.meet(launch)
+            store = rendezvous.fresh_store(meeting, "mesh")
             dist.init_process_group(device.backend, store=store, rank=rank, world_size=world, timeout=timeout)
+            watch.start(meeting, launch.stall_timeout_seconds)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
@@ -235,27 +238,13 @@ def _axes() -> dict[str, Axis]:
     }
 
 
-_store: dist.Store | None = None
-_meetings = 0
-
-
-def _meeting_place(rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:
-    """Where ranks find each other. One store a process, as its port is taken once; each mesh has its own names in it."""
-    global _store, _meetings
-    if _store is None:
-        alone = world == 1 and "MASTER_ADDR" not in os.environ
-        _store = dist.HashStore() if alone else next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
-        _store.set_timeout(timeout)
-    _meetings += 1
-    return dist.PrefixStore(f"mesh-{_meetings}", _store)
-
-
 def close_mesh() -> None:
     """Leave the process group; for tests and for programs that go on with another layout."""
     global _open
     from megatron.core import parallel_state
 
     if _open is not None:
+        watch.stop()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         _open = None

@@ -57,7 +57,7 @@ class Watch:
         self.members: dict[str, tuple[int, ...]] = {}
         # rank to its last beat and when it was first seen; a rank that has not published counts from now on
         self.seen = {other: (0, time.monotonic()) for other in range(meeting.world_size) if other != meeting.rank}
-        self.verdict, self.someone_left = "", False
+        self.verdict, self.someone_left, self.told = "", False, False
         self.stopped, self.lock = threading.Event(), threading.Lock()
         self.threads = [threading.Thread(target=run, daemon=True, name=run.__name__) for run in (self._exchange, self._judge)]
         for thread in self.threads:
@@ -246,6 +246,8 @@ class Watch:
     def _end(self, text: str) -> None:
         """Print the verdict and end this process, whatever its main thread hangs in."""
         with self.lock:
+            if self.told:  # the main thread has found it, and ends by itself
+                return
             print(message(text), file=sys.stderr, flush=True)
             sys.stdout.flush()
             time.sleep(2 * self.interval if self.meeting.rank == 0 else 0.0)  # others still read, and rank 0 may keep the store
@@ -261,7 +263,8 @@ class Watch:
             if not text and self.record.latest_key and time.monotonic() - self.heard > SILENT_BEATS * self.interval:
                 text = self._store_silent()
             if text:
-                self.stopped.set()
+                with self.lock:
+                    self.told = True
                 return message(self._declare(text))
             time.sleep(self.interval / 2)
         return None

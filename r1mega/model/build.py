@@ -1,6 +1,6 @@
 """Typed config to Megatron-Core's ``GPTModel`` through layer specs. Owns every Megatron option that the architecture decides.
 
-In: ``ModelConfig``, a mesh's degrees, which rank holds which stages. Out: the Megatron config and this rank's stages, a ``GPTModel``
+In: ``ModelConfig``, a mesh's degrees, which rank holds which stages. Out: the Megatron config and this rank's stages, ``GPTModel``
 each: the first takes ``[B, S]`` tokens, the last gives logits or per-token losses, between them go ``[S, B, D]`` activations.
 """
 
@@ -189,7 +189,8 @@ def build_stages(
     """This rank's stages, in the order of ``placement``'s entry for its place on the pipeline axis.
 
     ``stages``: see ``parallel.stages``; ``dispatcher``: a choice, None for all-to-all. A stage that needs the embedding's weight and
-    does not hold the embedding has a copy, marked ``shared``, whose value :func:`r1mega.train.gradients.share_embedding` sets; on the embedding's own rank it is the same tensor.
+    does not hold the embedding has a copy, marked ``shared``, whose value :meth:`r1mega.train.gradients.EmbeddingCopy.share` sets; on
+    the embedding's own rank it is the same tensor.
     """
     num_stages = sum(map(len, placement))
     plans, rank = plan(model, num_stages, stages), groups.pp.rank()

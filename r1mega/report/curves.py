@@ -55,6 +55,8 @@ HEALTH = (
 OTHERS = (
     Curve("loss", "Objective", "what is minimised (no unit)"),
     Curve("aux_loss", "Balance loss", "balance loss (no unit)"),
+    Curve("balancedness_before", "Expert balance before a move", "mean / largest load of a rank (%)", 100.0, _SHARE),
+    Curve("balancedness_after", "Expert balance after it", "mean / largest load of a rank (%)", 100.0, _SHARE),
     Curve("reward_std", "Spread of rewards", "standard deviation (points)", more={"y_range": (0.0, 0.0)}),
     Curve("reward_failed", "Failed rewards", "failed (% of responses)", 100.0, _RARE),
     Curve("mfu", "Share of the peak", "MFU (% of peak)", 100.0, {"y_range": (0.0, 1.0)}),

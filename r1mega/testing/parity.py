@@ -47,6 +47,8 @@ MODEL = ModelConfig(
     init_std=0.05,
 )
 """Small, and with all that a layout can get wrong: a dense first layer, five layers for uneven stages, groups, MTP."""
+CURSOR = {"epoch": 1, "at": 7}
+"""A loader's state that the checkpoints carry, so that a test of resharding sees it kept."""
 OPTIM = OptimConfig(lr=2e-3, min_lr=2e-3, warmup_steps=0, decay="constant", eps=1e-6, clip_grad=1e9)
 
 
@@ -54,7 +56,7 @@ OPTIM = OptimConfig(lr=2e-3, min_lr=2e-3, warmup_steps=0, decay="constant", eps=
 class Case:
     """One layout under test. ``parallel``: degrees, as ``ParallelConfig``'s fields; choices as they come from the registry.
 
-    ``rows``: of the global batch; ``micro_batch_size``: rows of one microbatch of one rank; ``packed``: rows of several samples that
+    ``rows``: of the global batch; ``micro_batch_size``: of one microbatch of one rank; ``packed``: rows of several samples that
     do not see each other, with tokens that are not learnt; ``model``: fields of :data:`MODEL` that differ.
     """
 
@@ -91,13 +93,18 @@ def check(cases: Sequence[Case], world_size: int, *, device: str = "cpu", timeou
     """
     with tempfile.TemporaryDirectory(prefix="parity-") as place:
         folder = Path(keep or place)
-        problems = {case.problem: case for case in cases if not (_folder(folder, case, reference=True) / "record.json").is_file()}
-        if problems:
-            run_ranks(make_references, 1, list(problems.values()), folder, device, timeout_seconds=timeout_seconds)
-        run_ranks(run_cases, world_size, list(cases), folder, device, timeout_seconds=timeout_seconds)
+        run(cases, world_size, folder, device=device, timeout_seconds=timeout_seconds)
         faults = {case.name: found for case in cases if (found := differences(case, folder))}
     if faults:
         raise ParityError("\n".join(f"{name}: first {found[0]}; {len(found)} in all" for name, found in faults.items()))
+
+
+def run(cases: Sequence[Case], world_size: int, folder: Path, *, device: str = "cpu", timeout_seconds: float = 600.0) -> None:
+    """Make the runs of ``cases``, and of their references where ``folder`` has none yet."""
+    missing = {case.problem: case for case in cases if not (_folder(folder, case, reference=True) / "record.json").is_file()}
+    if missing:
+        run_ranks(make_references, 1, list(missing.values()), folder, device, timeout_seconds=timeout_seconds)
+    run_ranks(run_cases, world_size, list(cases), folder, device, timeout_seconds=timeout_seconds)
 
 
 def differences(case: Case, folder: Path, tolerance: float = TOLERANCE) -> list[str]:
@@ -180,27 +187,36 @@ def run_cases(cases: Sequence[Case], folder: Path, device: str) -> None:
         _run(case, _folder(folder, case), _folder(folder, case, reference=True) / "seed", device)
 
 
-def _run(case: Case, out: Path, seed: Path | None, device: str) -> None:
+def build(case: Case, device: str) -> Any:
+    """This rank's ``Trainee`` under the layout, with fresh weights; opens the mesh, which the caller closes."""
     from r1mega.device import open_device
-    from r1mega.mesh import close_mesh, open_mesh
-    from r1mega.model.context import ContextPart
-    from r1mega.model.forward import token_losses
-    from r1mega.train import checkpoint
-    from r1mega.train.checkpoint import TrainState
-    from r1mega.train.fit import masked_sum
+    from r1mega.mesh import open_mesh
     from r1mega.train.trainee import Trainee, default_pipeline
 
     parallel = ParallelConfig(**case.parallel)
     pipeline = case.pipeline.build(parallel.pipeline) if case.pipeline else default_pipeline(parallel.pipeline)
     place = open_device(DeviceConfig(kind=device, threads=1))
-    mesh = open_mesh(place, parallel, LaunchConfig(timeout_seconds=120), 1, len(pipeline.placement[0]))
-    trainee = Trainee(case.config, OPTIM, mesh, "fp32", pipeline, case.dispatcher)
+    launch = LaunchConfig(timeout_seconds=300, stall_timeout_seconds=120)
+    mesh = open_mesh(place, parallel, launch, 1, len(pipeline.placement[0]))
+    return Trainee(case.config, OPTIM, mesh, "fp32", pipeline, case.dispatcher)
+
+
+def _run(case: Case, out: Path, seed: Path | None, device: str) -> None:
+    from r1mega.mesh import close_mesh
+    from r1mega.model.context import ContextPart
+    from r1mega.model.forward import token_losses
+    from r1mega.train import checkpoint
+    from r1mega.train.checkpoint import TrainState
+    from r1mega.train.fit import masked_sum
+
+    trainee = build(case, device)
+    mesh, place = trainee.mesh, trainee.mesh.device
 
     def save(name: str) -> Path:
         common = {"keep_last": 1, "tokenizer": None, "parent": None, "command": "parity"}
-        path = checkpoint.save(trainee, TrainState(), out / f"{name}.run", **common)
-        tensors = checkpoint.plain_tensors(path)
+        path = checkpoint.save(trainee, TrainState(case.steps, cursor=CURSOR), out / f"{name}.run", **common)
         if mesh.is_first:
+            tensors = checkpoint.plain_tensors(path)
             (out / name).mkdir(parents=True, exist_ok=True)
             torch.save(tensors, out / name / "tensors.pt")
         mesh.barrier()
@@ -211,7 +227,7 @@ def _run(case: Case, out: Path, seed: Path | None, device: str) -> None:
         shutil.copytree(save("start"), out / "seed")
     else:
         checkpoint.load(trainee, seed, weights_only=True)
-    log = RouterLog(trainee.routers(), mesh, parallel)
+    log = RouterLog(trainee.routers(), mesh)
     steps = []
     for step in range(case.steps):
         rows = _rows(case, step, place.torch_device)

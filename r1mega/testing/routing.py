@@ -18,7 +18,7 @@ TIE = 1e-5
 class RouterLog:
     """Records the choices of a rank's routers in one step."""
 
-    def __init__(self, routers: Sequence[torch.nn.Module], mesh: Any, parallel: Any):
+    def __init__(self, routers: Sequence[torch.nn.Module], mesh: Any):
         self._mesh, self._tensor = mesh, mesh.axes["tensor"]
         self._routers, self._first_row, self._batches = list(routers), 0, []
         self._calls: dict[int, int] = {}

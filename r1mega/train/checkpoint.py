@@ -6,6 +6,7 @@ Loading checks every hash first.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -144,6 +145,10 @@ def _unwritten(mesh: Mesh, aside: Path, error: BaseException) -> str:
     if not told:  # Megatron packs what its writer met into a text
         found = re.search(r"(?:\[Errno \d+\] |Worker failure: )([^\n]+)", str(error).replace("Worker failure: [Errno", "[Errno"))
         told = found.group(1) if found else f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+        if (
+            "inline_container" in told and shutil.disk_usage(aside.parent).free < 1 << 20
+        ):  # torch.save does not say why it could not
+            told = os.strerror(errno.ENOSPC)
     last = latest(aside.parent)
     free = shutil.disk_usage(aside.parent).free / 2**30
     return (
@@ -225,6 +230,7 @@ def load(trainee: Trainee, path: str | Path, *, weights_only: bool = False, veri
     mesh.agree(failure)
     record = read_state(source)
     sharded = _sharded(trainee, loading=True, with_optimizer=not weights_only)
+    _check_names(mesh, sharded, source, weights_only=weights_only)
     loaded = dist_checkpointing.load(sharded, str(source / "weights"))
     trainee.held.load_sharded(loaded["model"])
     if trainee.optimizer is not None:
@@ -237,12 +243,47 @@ def load(trainee: Trainee, path: str | Path, *, weights_only: bool = False, veri
     return TrainState(record["step"], record["tokens"], record["cursor"], record["extra"])
 
 
-def plain_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, by its key: weights, expert biases, moments, main parameters. Called by all ranks."""
-    from megatron.core import dist_checkpointing
+def _check_names(mesh: Mesh, sharded: dict[str, Any], source: Path, *, weights_only: bool) -> None:
+    """Raise UserError, on all ranks, where the checkpoint lacks a tensor that some rank asks for, or has one that none asks for."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedBase
+    from torch.distributed import checkpoint as dcp
 
-    held = dist_checkpointing.load_plain_tensors(str(path / "weights"))
-    return {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
+    asked = {entry.key for entry in nested_values(sharded) if isinstance(entry, ShardedBase)}
+    wanted = {key for part in mesh.gather_everywhere(sorted(asked)) for key in part}
+    failure = ""
+    if mesh.is_first:
+        entries = dcp.FileSystemReader(str(source / "weights")).read_metadata().state_dict_metadata
+        stored = {name.partition("/shard_")[0] for name in entries}  # objects are stored by shard
+        stored = {name for name in stored if not (weights_only and name.startswith("optimizer."))}
+        missing, extra = sorted(wanted - stored), sorted(stored - wanted)
+        if missing or extra:
+            told = [
+                f"{word} {', '.join(names[:3])}{' and so on' if len(names) > 3 else ''}"
+                for word, names in (("without", missing), ("with", extra))
+                if names
+            ]
+            failure = (
+                f"checkpoint {source}: holds exactly this model's tensors; got one {' and '.join(told)}; "
+                "take one that this version of r1mega wrote for this model"
+            )
+    mesh.agree(failure)
+
+
+def plain_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, by its key: weights, expert biases, moments, main parameters. Needs no other rank."""
+    from torch.distributed import checkpoint as dcp
+
+    pickles.check(path / "weights" / ".metadata", f"checkpoint {path}")
+    reader = dcp.FileSystemReader(str(path / "weights"))
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def _sharded(trainee: Trainee, *, loading: bool, with_optimizer: bool = True) -> dict[str, Any]:

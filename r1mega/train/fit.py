@@ -31,6 +31,7 @@ from r1mega.model.flops import train_flops_per_token
 from r1mega.model.forward import TokenTensors, token_losses
 from r1mega.train import checkpoint, stop
 from r1mega.train.checkpoint import TrainState
+from r1mega.train.experts import Placements
 from r1mega.train.health import Health
 from r1mega.train.manifest import check_same_command
 from r1mega.train.memory import watched
@@ -109,6 +110,7 @@ class _Run:
         self.segments = source.loader.packing == "isolated"
         self.valid = self._validation() if config.data.valid else []  # opened now: a bad file must not end a run at its end
         self.state = TrainState()
+        self.placements = Placements(config, trainee)
         self.health = Health(self.trainer.spike_sigma, self.trainer.spike_window, self.trainer.spike_limit)
         self.profile = Profile(self.folder, mesh, active=config.profile, skip=min(2, self.trainer.steps - 1), count=3)
         self.parent = checkpoint.digest(source.init) if source.init else None
@@ -124,7 +126,7 @@ class _Run:
         held = checkpoint.newest_whole(self.mesh, self.checkpoints)
         if held is not None:
             check_same_command(self.command, held)
-            self._take(checkpoint.load(self.trainee, held, verified=True))
+            self._take(held)
             self.source.loader.load_state_dict(self.state.cursor)
             self.health.load_state_dict(self.state.extra.get("health", {}))
         elif self.source.init is not None:
@@ -134,9 +136,11 @@ class _Run:
         )
         self.peak = self.trainer.peak_tflops or peak_tflops(self.mesh.device, self.trainee.dtype)
 
-    def _take(self, state: TrainState) -> None:
-        self.state = state
-        self.valid_loss, self.seconds = state.extra["valid_loss"], state.extra["seconds"]
+    def _take(self, held: Path) -> None:
+        """Load a checkpoint of this run, each expert to where the run had it."""
+        self.placements.load_state_dict(checkpoint.read_state(held)["extra"].get("placements", {}))
+        self.state = checkpoint.load(self.trainee, held, verified=True)
+        self.valid_loss, self.seconds = self.state.extra["valid_loss"], self.state.extra["seconds"]
 
     def loop(self) -> None:
         """Steps up to ``trainer.steps``."""
@@ -157,6 +161,7 @@ class _Run:
                 continue
             if not result.trouble:
                 self.health.sound(result.loss)
+                self.placements.measure(result.expert_load)
             self._after_step(result, rate, size, time.perf_counter() - began)
 
     @contextlib.contextmanager
@@ -182,7 +187,7 @@ class _Run:
         self.metrics.event(f"rolled back to step {_step_of(held)}" if held else "step skipped", step, trouble)
         if held is None:
             return False
-        self._take(checkpoint.load(self.trainee, held, verified=True))
+        self._take(held)
         self.health.load_state_dict(self.state.extra["health"], keep_troubles=True)
         self.metrics.rewind(self.state.step)
         return True
@@ -195,12 +200,17 @@ class _Run:
         validate = self.config.data.valid is not None and (last or (trainer.valid_every and step % trainer.valid_every == 0))
         if validate:
             self.valid_loss = self._validate()
-        if last or validate or step % trainer.log_every == 0 or step == 1:
-            self.metrics.log(self._line(result, rate, size, seconds, validate))
-        saves = last or (trainer.save_every and step % trainer.save_every == 0)
+        saves = trainer.save_every and step % trainer.save_every == 0
+        considered = self.placements.consider(step // trainer.save_every) if saves and not last else None
+        if last or validate or considered or step % trainer.log_every == 0 or step == 1:
+            line = self._line(result, rate, size, seconds, validate)
+            self.metrics.log(line | (considered.metrics() if considered else {}))
         asked = stop.asked(self.mesh)
-        if saves or asked:
-            self._save()
+        if last or saves or asked:
+            path = self._save()
+            if considered and considered.moves and not asked:
+                self.placements.put()
+                checkpoint.load(self.trainee, path, verified=True)
         self.profile.step()
         if asked:
             self.finish()
@@ -247,10 +257,15 @@ class _Run:
     def _validate(self) -> float:
         return self.trainee.evaluate(self.valid, token_losses, masked_sum)[0]
 
-    def _save(self) -> None:
+    def _save(self) -> Path:
         self.state.cursor = self.source.loader.state_dict()
-        self.state.extra = {"valid_loss": self.valid_loss, "seconds": self.seconds, "health": self.health.state_dict()}
-        checkpoint.save(
+        self.state.extra = {
+            "valid_loss": self.valid_loss,
+            "seconds": self.seconds,
+            "health": self.health.state_dict(),
+            "placements": self.placements.state_dict(),
+        }
+        return checkpoint.save(
             self.trainee,
             self.state,
             self.checkpoints,

@@ -227,10 +227,10 @@ def test_a_defect_while_saving_is_not_called_a_full_disk(train_data: Path, tmp_p
 
 @pytest.fixture
 def small_disk(tmp_path: Path):
-    """A file system of 3 MiB of its own, where this machine lets us make one."""
+    """A file system of 8 MiB of its own, where this machine lets us make one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", folder], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", folder], capture_output=True).returncode:
         pytest.skip("no right to mount")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)

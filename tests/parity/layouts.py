@@ -1,0 +1,114 @@
+"""The layouts under test, by number of ranks: those of every test run, and a larger matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from r1mega.registry import lookup
+from r1mega.testing.parity import Case
+
+
+def schedule(name: str, **knobs: Any) -> Any:
+    return lookup("pipeline", name)(**knobs)
+
+
+def dispatch(name: str) -> Any:
+    return lookup("dispatcher", name)()
+
+
+RING = {"context_exchange": "ring"}
+NO_MTP = {"num_mtp_layers": 0}
+TIED = {"tie_embeddings": True}
+
+CASES: dict[int, list[Case]] = {
+    2: [
+        Case("dp2", micro_batch_size=4),
+        Case("dp2_accumulate4", micro_batch_size=1),
+        Case("tp2", {"tensor": 2}),
+        Case("pp2", {"pipeline": 2}),
+        Case("pp2_by_hand", {"pipeline": 2, "stages": "Ettt|ttmL"}),
+        Case("pp2_packed", {"pipeline": 2}, packed=True),
+        Case("pp2_interleaved", {"pipeline": 2}, pipeline=schedule("interleaved")),
+        Case("pp2_zb1p", {"pipeline": 2}, pipeline=schedule("zb1p")),
+        Case("pp2_dualpipev", {"pipeline": 2}, pipeline=schedule("dualpipev")),
+        Case("pp2_dualpipev_tied_without_mtp", {"pipeline": 2}, pipeline=schedule("dualpipev"), model=NO_MTP | TIED),
+        Case("cp2", {"context": 2}),
+        Case("cp2_ring_packed", {"context": 2, **RING}, packed=True),
+        Case("ep2", {"expert": 2}),
+        Case("ep2_allgather", {"expert": 2}, dispatcher=dispatch("allgather")),
+    ],
+    4: [
+        Case("pp4", {"pipeline": 4}),
+        Case("ep4", {"expert": 4}),
+        Case("tp2_ep2", {"tensor": 2, "expert": 2}),
+        Case("pp2_ep2", {"pipeline": 2, "expert": 2}),
+        Case("tp2_pp2", {"tensor": 2, "pipeline": 2}),
+        Case("cp2_ep2", {"context": 2, "expert": 2}),
+        Case("dp2_ep2", {"expert": 2}),
+        Case("ep2_etp2", {"expert": 2, "expert_tensor": 2}),
+    ],
+    8: [Case("pp2_ep2_tp2", {"pipeline": 2, "expert": 2, "tensor": 2})],
+}
+
+MORE: dict[int, list[Case]] = {
+    2: [
+        Case("tp2_packed", {"tensor": 2}, packed=True),
+        Case("dp2_packed", packed=True),
+        Case("cp2_packed", {"context": 2}, packed=True),
+        Case("cp2_ring", {"context": 2, **RING}),
+        Case("pp2_tied", {"pipeline": 2}, model=TIED),
+        Case("pp2_dualpipev_tied", {"pipeline": 2}, pipeline=schedule("dualpipev"), model=TIED),
+        Case("pp2_zb1p_packed", {"pipeline": 2}, pipeline=schedule("zb1p"), packed=True),
+        Case("pp2_without_mtp", {"pipeline": 2}, model=NO_MTP),
+        Case("etp2", {"expert_tensor": 2}),
+        Case("cp2_without_query_rank", {"context": 2}, model={"q_lora_rank": None}),
+        Case("pp2_two_mtp", {"pipeline": 2}, model={"num_mtp_layers": 2}),
+    ],
+    4: [
+        Case("pp4_zb1p", {"pipeline": 4}, pipeline=schedule("zb1p")),
+        Case("pp4_accumulate8", {"pipeline": 4}, micro_batch_size=1),
+        Case("pp2_zb1p_tp2", {"pipeline": 2, "tensor": 2}, pipeline=schedule("zb1p")),
+        Case("pp2_dualpipev_ep2", {"pipeline": 2, "expert": 2}, pipeline=schedule("dualpipev"), micro_batch_size=1),
+        Case("pp2_interleaved_ep2", {"pipeline": 2, "expert": 2}, pipeline=schedule("interleaved")),
+        Case("pp2_zb1p_cp2", {"pipeline": 2, "context": 2, **RING}, pipeline=schedule("zb1p")),
+        Case("tp2_cp2", {"tensor": 2, "context": 2}),
+        Case("tp2_cp2_ring_packed", {"tensor": 2, "context": 2, **RING}, packed=True),
+        Case("cp4", {"context": 4}),
+        Case("cp2_ep4", {"context": 2, "expert": 4}),
+        Case("tp2_etp2_ep2", {"tensor": 2, "expert": 2, "expert_tensor": 2}),
+        Case("dp4_ep2_allgather", {"expert": 2}, dispatcher=dispatch("allgather"), micro_batch_size=1),
+    ],
+    8: [
+        Case("pp2_zb1p_ep2_tp2", {"pipeline": 2, "expert": 2, "tensor": 2}, pipeline=schedule("zb1p")),
+        Case("pp2_cp2_ep4", {"pipeline": 2, "context": 2, "expert": 4}),
+        Case("pp4_tp2", {"pipeline": 4, "tensor": 2}),
+    ],
+}
+
+RESHARDED: dict[int, list[tuple[str, str]]] = {
+    1: [("pp2_ep2_tp2", "one"), ("pp2_dualpipev", "one"), ("ep2_etp2", "one")],
+    2: [
+        ("pp4", "tp2"),
+        ("ep4", "pp2_interleaved"),
+        ("tp2_ep2", "cp2"),
+        ("pp2_dualpipev", "dp2"),
+        ("cp2_ep2", "pp2_dualpipev"),
+        ("pp2_ep2_tp2", "ep2"),
+    ],
+    4: [
+        ("dp2", "pp4"),
+        ("tp2", "ep4"),
+        ("pp2_interleaved", "tp2_pp2"),
+        ("cp2", "ep2_etp2"),
+        ("pp2_dualpipev", "pp2_ep2"),
+        ("ep2", "tp2_ep2"),
+    ],
+}
+"""Number of ranks to pairs: the layout that wrote a checkpoint, the one that loads it."""
+
+
+def by_name(name: str) -> Case:
+    """A case of :data:`CASES`, or ``one``, this process alone."""
+    if name == "one":
+        return Case("one")
+    return next(case for cases in CASES.values() for case in cases if case.name == name)

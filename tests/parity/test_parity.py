@@ -1,0 +1,102 @@
+"""Every layout trains what one process trains, and every layout's checkpoint loads under every other. Ranks are started once a size."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from r1mega.mesh import close_mesh
+from r1mega.testing import parity
+from r1mega.testing.parity import Case, differences
+from r1mega.testing.ranks import run_ranks
+from r1mega.train import checkpoint
+from tests.parity.layouts import CASES, MORE, RESHARDED, by_name
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """All runs of :data:`CASES`."""
+    close_mesh()
+    return tmp_path_factory.mktemp("parity")
+
+
+@pytest.fixture(scope="session")
+def ran(folder: Path):
+    """Makes the runs of one number of ranks at the first request."""
+    done: set[tuple[bool, int]] = set()
+
+    def run(world: int, more: bool = False) -> Path:
+        if (more, world) not in done:
+            began = time.time()
+            parity.run((MORE if more else CASES)[world], world, folder)
+            done.add((more, world))
+            print(f"{world} ranks: {time.time() - began:.0f} s")
+        return folder
+
+    return run
+
+
+def named(cases: dict[int, list[Case]]):
+    return [pytest.param(world, case, id=case.name) for world, group in cases.items() for case in group]
+
+
+@pytest.mark.parametrize(("world", "case"), named(CASES))
+def test_a_layout_learns_what_one_process_learns(ran, world: int, case: Case) -> None:
+    assert differences(case, ran(world)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "case"), named(MORE))
+def test_more_layouts_learn_what_one_process_learns(ran, world: int, case: Case) -> None:
+    assert differences(case, ran(world, more=True)) == []
+
+
+def reshard(pairs: list[tuple[str, str]], folder: Path) -> None:
+    """One rank's part: load each checkpoint under the other layout and save it again."""
+    for source, target in pairs:
+        case = by_name(target)
+        trainee = parity.build(case, "cpu")
+        path = checkpoint.resolve(folder / source / "last.run")
+        state = checkpoint.load(trainee, path)
+        rng = trainee.mesh.device.rng_state()
+        out = folder / f"{source}_to_{target}"
+        checkpoint.save(trainee, state, out, keep_last=1, tokenizer=None, parent=None, command="parity")
+        if trainee.mesh.is_first:
+            saved = torch.load(path / "rng.pt", weights_only=True)[0]
+            kept = all(torch.equal(value, saved[name]) for name, value in rng.items())
+            (out / "kept.json").write_text(json.dumps({"rng": kept, "cursor": state.cursor, "step": state.step}))
+        close_mesh()
+
+
+@pytest.fixture(scope="session")
+def resharded(ran):
+    """Loads and saves again all pairs of one number of ranks at the first request."""
+    done: set[int] = set()
+
+    def run(world: int) -> Path:
+        for size in CASES:
+            folder = ran(size)
+        if world not in done:
+            run_ranks(reshard, world, RESHARDED[world], folder, timeout_seconds=400)
+            done.add(world)
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("world", "source", "target"),
+    [pytest.param(world, *pair, id="-".join(pair)) for world, pairs in RESHARDED.items() for pair in pairs],
+)
+def test_a_checkpoint_loads_under_another_layout_bit_for_bit(resharded, world: int, source: str, target: str) -> None:
+    folder = resharded(world)
+    before = checkpoint.plain_tensors(checkpoint.resolve(folder / source / "last.run"))
+    after = checkpoint.plain_tensors(checkpoint.resolve(folder / f"{source}_to_{target}"))
+    assert before.keys() == after.keys() and any(name.startswith("optimizer.state.exp_avg_sq.") for name in before)
+    assert not [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+    kept = json.loads((folder / f"{source}_to_{target}" / "kept.json").read_text())
+    assert kept == {"rng": True, "cursor": parity.CURSOR, "step": Case.steps}
