@@ -51,6 +51,7 @@ def test_overrides_give_the_functions_result_and_save_the_config(stub) -> None:
     body = yaml.safe_load((stub / "runs" / "one" / "config.yaml").read_text())
     assert body["overrides"] == ["checkpoint=given", "name=one", "dtype=bf16"] and body["choices"] == {
         "device": "cpu",
+        "launch": "local",
         "precision": "fp32",
     }
 

@@ -188,9 +188,9 @@ def build_stages(
 ) -> list[GPTModel]:
     """This rank's stages, in the order of ``placement``'s entry for its place on the pipeline axis.
 
-    ``stages``: see ``parallel.stages``; ``dispatcher``: a choice, None for all-to-all. A stage that needs the embedding's weight and
-    does not hold the embedding has a copy, marked ``shared``, whose value :meth:`r1mega.train.gradients.EmbeddingCopy.share` sets; on
-    the embedding's own rank it is the same tensor.
+    ``stages``: see ``parallel.stages``; ``dispatcher``: a choice, None for all-to-all. A stage that needs the embedding's weight
+    without the embedding has a copy, marked ``shared``, which :class:`r1mega.train.gradients.EmbeddingCopy` keeps equal; on the
+    embedding's own rank it is the same tensor.
     """
     num_stages = sum(map(len, placement))
     plans, rank = plan(model, num_stages, stages), groups.pp.rank()

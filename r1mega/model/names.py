@@ -39,7 +39,10 @@ def _gate_up(part: str) -> Callable[[str, torch.Tensor], Named]:
 
 
 def _experts(down: bool) -> Callable[[str, torch.Tensor], Named]:
-    """A stack over experts to one matrix (down) or two (gate, up) an expert."""
+    """A stack over experts to one matrix (down) or two (gate, up) an expert.
+
+    The stack is in logical order: who publishes weights has one rank for the experts, where none ever moves.
+    """
 
     def each(prefix: str, tensor: torch.Tensor) -> Named:
         for expert, weight in enumerate(tensor.unbind(0)):

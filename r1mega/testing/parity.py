@@ -96,7 +96,13 @@ def check(cases: Sequence[Case], world_size: int, *, device: str = "cpu", timeou
         run(cases, world_size, folder, device=device, timeout_seconds=timeout_seconds)
         faults = {case.name: found for case in cases if (found := differences(case, folder))}
     if faults:
-        raise ParityError("\n".join(f"{name}: first {found[0]}; {len(found)} in all" for name, found in faults.items()))
+        raise ParityError("\n".join(f"{name}: {_told(found)}" for name, found in faults.items()))
+
+
+def _told(found: list[str]) -> str:
+    """The first difference, the first tensor, how many there are."""
+    tensor = next((text for text in found if text.startswith(("gradient of", "weights of", "tensor "))), found[0])
+    return f"{found[0]}{'' if tensor == found[0] else f'; first tensor: {tensor}'}; {len(found)} differences in all"
 
 
 def run(cases: Sequence[Case], world_size: int, folder: Path, *, device: str = "cpu", timeout_seconds: float = 600.0) -> None:
@@ -108,7 +114,10 @@ def run(cases: Sequence[Case], world_size: int, folder: Path, *, device: str = "
 
 
 def differences(case: Case, folder: Path, tolerance: float = TOLERANCE) -> list[str]:
-    """What a case's run has otherwise than its reference, in the order of the computation; empty where they agree."""
+    """What a case's run has otherwise than its reference, in the order of the computation; empty where they agree.
+
+    Gradients come in the order of the backward pass: the first that is wrong lies where the fault does, or next to it.
+    """
     ours, theirs = _folder(folder, case), _folder(folder, case, reference=True)
     mine, wanted = (json.loads((path / "record.json").read_text()) for path in (ours, theirs))
     found = [
@@ -143,7 +152,7 @@ def _tensors(ours: Path, theirs: Path, tolerance: float, *, moments: bool) -> li
     missing = [f"tensor {name} is missing" for name in sorted(pick - mine.keys())]
     whole = sum(float(wanted[name].norm()) ** 2 for name in pick) ** 0.5
     found = []
-    for name in sorted(pick & mine.keys(), key=lambda name: place_of(name.removeprefix(prefix))):
+    for name in sorted(pick & mine.keys(), key=lambda name: place_of(name.removeprefix(prefix)), reverse=moments):
         # a gradient that nearly cancels is rounding, however small it is: measured against a thousandth of the whole
         norm = max(float(wanted[name].norm()), 1e-3 * whole if moments else 1e-12)
         off = float((mine[name] - wanted[name]).norm()) / norm
@@ -230,7 +239,7 @@ def _run(case: Case, out: Path, seed: Path | None, device: str) -> None:
     log = RouterLog(trainee.routers(), mesh)
     steps = []
     for step in range(case.steps):
-        rows = _rows(case, step, place.torch_device)
+        rows = rows_of(case, step, place.torch_device)
         mine = rows[mesh.data_rank * case.rows // mesh.data_size : (mesh.data_rank + 1) * case.rows // mesh.data_size]
         parts = [_joined(mine[at : at + case.micro_batch_size]) for at in range(0, len(mine), case.micro_batch_size)]
         cut = [part.cut(ContextPart.of(mesh.axes["context"])) for part in parts]
@@ -247,7 +256,7 @@ def _run(case: Case, out: Path, seed: Path | None, device: str) -> None:
     close_mesh()
 
 
-def _rows(case: Case, step: int, device: torch.device) -> list:
+def rows_of(case: Case, step: int, device: torch.device) -> list:
     """The global batch of a step, a row each, the same on every rank."""
     from r1mega.model.forward import TokenTensors
 

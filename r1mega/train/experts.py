@@ -117,5 +117,6 @@ def _check(config: PretrainConfig | SftConfig, has_bias: bool) -> None:
         )
     if not config.trainer.save_every:
         raise UserError(
-            f"trainer.save_every: above 0 with balance={name}, which moves experts at checkpoints; got 0; set it, or use balance=none"
+            f"trainer.save_every: above 0 with balance={name}, which moves experts at checkpoints; got 0; use a number of steps, "
+            "or balance=none"
         )
