@@ -7,6 +7,7 @@ epsilon 1e-6 (a smaller one turns rounding of tiny gradients into whole steps), 
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import tempfile
@@ -47,6 +48,9 @@ MODEL = ModelConfig(
     init_std=0.05,
 )
 """Small, and with all that a layout can get wrong: a dense first layer, five layers for uneven stages, groups, MTP."""
+ROUTER_SCALE = 8.0
+"""Of the seed checkpoint's router weights: fresh routers score experts nearly alike, and then rounding turns a choice now and then."""
+MOMENTS = "optimizer.state.exp_avg."
 CURSOR = {"epoch": 1, "at": 7}
 """A loader's state that the checkpoints carry, so that a test of resharding sees it kept."""
 OPTIM = OptimConfig(lr=2e-3, min_lr=2e-3, warmup_steps=0, decay="constant", eps=1e-6, clip_grad=1e9)
@@ -57,7 +61,8 @@ class Case:
     """One layout under test. ``parallel``: degrees, as ``ParallelConfig``'s fields; choices as they come from the registry.
 
     ``rows``: of the global batch; ``micro_batch_size``: of one microbatch of one rank; ``packed``: rows of several samples that
-    do not see each other, with tokens that are not learnt; ``model``: fields of :data:`MODEL` that differ.
+    do not see each other, with tokens that are not learnt; ``seed``: of the tokens, for another try where a run differs only behind a
+    tie of a router; ``model``: fields of :data:`MODEL` that differ.
     """
 
     name: str
@@ -69,6 +74,7 @@ class Case:
     micro_batch_size: int = 2
     packed: bool = False
     steps: int = 5
+    seed: int = 1000
     model: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -79,7 +85,8 @@ class Case:
     @property
     def problem(self) -> str:
         """Which reference the case has: the same text, the same tokens and model."""
-        return f"{self.rows}x{self.length}x{self.steps}{'p' if self.packed else ''}{json.dumps(self.model, sort_keys=True)}"
+        sizes = f"{self.rows}x{self.length}x{self.steps}s{self.seed}{'p' if self.packed else ''}"
+        return sizes + json.dumps(self.model, sort_keys=True)
 
 
 class ParityError(AssertionError):
@@ -144,7 +151,7 @@ def _numbers(mine: dict, wanted: dict, step: int):
 
 def _tensors(ours: Path, theirs: Path, tolerance: float, *, moments: bool) -> list[str]:
     """Tensors whose difference has a norm above ``tolerance`` x their own; ``moments``: the first moments (gradients) instead."""
-    prefix = "optimizer.state.exp_avg."
+    prefix = MOMENTS
     mine, wanted = _stored(ours), _stored(theirs)
     pick = (
         {name for name in wanted if name.startswith(prefix)} if moments else {n for n in wanted if not n.startswith("optimizer.")}
@@ -192,6 +199,7 @@ def make_references(cases: Sequence[Case], folder: Path, device: str) -> None:
 
 def run_cases(cases: Sequence[Case], folder: Path, device: str) -> None:
     """This rank's part of every case, from the references' seed checkpoints."""
+    gc.freeze()  # Megatron collects garbage at each save; what is imported is none
     for case in cases:
         _run(case, _folder(folder, case), _folder(folder, case, reference=True) / "seed", device)
 
@@ -225,7 +233,8 @@ def _run(case: Case, out: Path, seed: Path | None, device: str) -> None:
         common = {"keep_last": 1, "tokenizer": None, "parent": None, "command": "parity"}
         path = checkpoint.save(trainee, TrainState(case.steps, cursor=CURSOR), out / f"{name}.run", **common)
         if mesh.is_first:
-            tensors = checkpoint.plain_tensors(path)
+            kept = {"prefix": MOMENTS} if name == "first" else {"without": "optimizer."}
+            tensors = checkpoint.plain_tensors(path, **kept)
             (out / name).mkdir(parents=True, exist_ok=True)
             torch.save(tensors, out / name / "tensors.pt")
         mesh.barrier()
@@ -233,6 +242,10 @@ def _run(case: Case, out: Path, seed: Path | None, device: str) -> None:
 
     if seed is None:
         trainee.allocate_moments()  # a checkpoint has them
+        with torch.no_grad():
+            for router in trainee.routers():
+                router.weight.mul_(ROUTER_SCALE)
+        trainee.optimizer.reload_model_params()
         shutil.copytree(save("start"), out / "seed")
     else:
         checkpoint.load(trainee, seed, weights_only=True)
@@ -260,7 +273,7 @@ def rows_of(case: Case, step: int, device: torch.device) -> list:
     """The global batch of a step, a row each, the same on every rank."""
     from r1mega.model.forward import TokenTensors
 
-    draw = torch.Generator().manual_seed(1000 + step)
+    draw = torch.Generator().manual_seed(case.seed + step)
     tokens = torch.randint(3, case.config.vocab_size, (case.rows, case.length + 1), generator=draw)
     rows = []
     for row in tokens:

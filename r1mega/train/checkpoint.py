@@ -270,8 +270,11 @@ def _check_names(mesh: Mesh, sharded: dict[str, Any], source: Path, *, weights_o
     mesh.agree(failure)
 
 
-def plain_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, by its key: weights, expert biases, moments, main parameters. Needs no other rank."""
+def plain_tensors(path: Path, prefix: str = "", without: str | None = None) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint, whole, by key: weights, expert biases, moments, main parameters. Needs no other rank.
+
+    Of all those whose key starts with ``prefix`` and not with ``without``.
+    """
     from torch.distributed import checkpoint as dcp
 
     pickles.check(path / "weights" / ".metadata", f"checkpoint {path}")
@@ -281,6 +284,8 @@ def plain_tensors(path: Path) -> dict[str, torch.Tensor]:
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
         if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+        and name.startswith(prefix)
+        and not (without and name.startswith(without))
     }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
