@@ -49,7 +49,7 @@ MODEL = ModelConfig(
 )
 """Small, and with all that a layout can get wrong: a dense first layer, five layers for uneven stages, groups, MTP."""
 ROUTER_SCALE = 8.0
-"""Of the seed checkpoint's router weights: fresh routers score experts nearly alike, and then rounding turns a choice now and then."""
+"""Of the seed checkpoint's router weights: fresh ones score experts nearly alike, so that rounding turns a choice now and then."""
 MOMENTS = "optimizer.state.exp_avg."
 CURSOR = {"epoch": 1, "at": 7}
 """A loader's state that the checkpoints carry, so that a test of resharding sees it kept."""
@@ -61,8 +61,8 @@ class Case:
     """One layout under test. ``parallel``: degrees, as ``ParallelConfig``'s fields; choices as they come from the registry.
 
     ``rows``: of the global batch; ``micro_batch_size``: of one microbatch of one rank; ``packed``: rows of several samples that
-    do not see each other, with tokens that are not learnt; ``seed``: of the tokens, for another try where a run differs only behind a
-    tie of a router; ``model``: fields of :data:`MODEL` that differ.
+    do not see each other, with tokens that are not learnt; ``seed``: of the tokens, for another try where a run differs only
+    behind a tie of a router; ``model``: fields of :data:`MODEL` that differ.
     """
 
     name: str

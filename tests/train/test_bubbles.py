@@ -31,7 +31,7 @@ def record(names: list[str]) -> dict[str, tuple[list, float, float]]:
         for events in (None, []):
             trainee.mesh.barrier()
             executor.events = events
-            executor.stretch = (lambda action: SECONDS[action.work] / chunks) if events is not None else None
+            executor.stretch = (lambda action, chunks=chunks: SECONDS[action.work] / chunks) if events is not None else None
             trainee.step(parts, token_losses, masked_sum, 1e-3, lambda loss, norm: "")
         found[name] = executor.events
         close_mesh()

@@ -225,6 +225,16 @@ def test_a_defect_while_saving_is_not_called_a_full_disk(train_data: Path, tmp_p
             pretrain(pretrain_config(train_data, tmp_path / "run", 1))
 
 
+@pytest.mark.parametrize(("here", "there", "says"), [(1, 0, "without"), (0, 1, "with")])
+def test_a_tensor_that_is_missing_or_too_much_is_named(train_data: Path, tmp_path: Path, monkeypatch, here, there, says) -> None:
+    """The manifest and the architecture are right; the tensors are another model's."""
+    monkeypatch.setattr(checkpoint.manifest, "check_same_model", lambda *_: None)
+    pretrain(pretrain_config(train_data, tmp_path / "run", 1, model=replace(MODEL, num_mtp_layers=there)))
+    trainee = Trainee(replace(MODEL, num_mtp_layers=here), OPTIM, one_rank(), "fp32")
+    with pytest.raises(UserError, match=rf"holds exactly this model's tensors; got one {says} (mtp|optimizer)\..* and so on"):
+        checkpoint.load(trainee, tmp_path / "run")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system of 8 MiB of its own, where this machine lets us make one."""

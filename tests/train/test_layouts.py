@@ -18,6 +18,7 @@ from r1mega.testing.ranks import run_ranks
 from r1mega.train import fit
 from r1mega.train.checkpoint import latest
 from r1mega.train.export import export
+from r1mega.train.pipeline.timeline import bubble_share, read_events
 from r1mega.train.pretrain import pretrain
 from r1mega.train.sft import sft
 from tests.train.cases import CPU, lines, pretrain_config, sft_config, stored
@@ -31,12 +32,20 @@ class CutOff(Exception):
 
 
 def run(
-    data: Path, out: Path, steps: int = STEPS, *, start: Path | None = None, degrees: dict[str, int] | None = None, **trainer: Any
+    data: Path,
+    out: Path,
+    steps: int = STEPS,
+    *,
+    start: Path | None = None,
+    degrees: dict[str, int] | None = None,
+    profile: bool = False,
+    **trainer: Any,
 ):
     """Pretrain from the seed checkpoint (or on from ``out``'s own) in a layout; the mesh is closed after it."""
     config = pretrain_config(data, out, steps, **{"micro_batch_size": 2, **trainer})
     config.init = str(start or data / "seed")
     config.parallel = ParallelConfig(**(degrees or {}))
+    config.profile = profile
     try:
         return pretrain(config)
     finally:
@@ -74,14 +83,20 @@ def two_ranks(data: Path, there: Path) -> None:
     cut_off(data, there / "cut", lambda: run(data, there / "cut", 6, save_every=3), 5)
     run(data, there / "from_one", 6)  # its folder holds one rank's checkpoint of step 3
 
-    def tune(name: str) -> None:
+    def tune(name: str, **degrees: int) -> None:
+        config = sft_config(data, data / "seed", there / name, 4, save_every=2, micro_batch_size=2)
+        config.parallel = ParallelConfig(**degrees)
         try:
-            sft(sft_config(data, data / "seed", there / name, 4, save_every=2))
+            sft(config)
         finally:
             close_mesh()
 
     tune("sft_straight")
     cut_off(data, there / "sft_cut", lambda: tune("sft_cut"), 3)
+    tune("sft_context", context=2)
+    tune("sft_pipeline", pipeline=2)
+    run(data, there / "pipeline", degrees={"pipeline": 2}, profile=True)
+    run(data, there / "context", degrees={"context": 2})
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +143,26 @@ def first_three(runs: Path) -> Path:
 @pytest.mark.parametrize("layout", ["one_microbatch", "two_microbatches", "expert"])
 def test_two_data_ranks_learn_what_one_learns(runs: Path, first_three: Path, layout: str) -> None:
     assert_same(runs / layout, first_three, STEPS)
+
+
+@pytest.mark.parametrize("layout", ["pipeline", "context"])
+def test_stages_and_parts_of_sequences_learn_what_one_rank_learns(runs: Path, first_three: Path, layout: str) -> None:
+    assert_same(runs / layout, first_three, STEPS)
+
+
+@pytest.mark.parametrize("layout", ["sft_context", "sft_pipeline"])
+def test_packed_samples_are_learnt_alike(runs: Path, layout: str) -> None:
+    assert_same(runs / layout, runs / "sft_straight", 4)
+
+
+def test_a_traced_pipeline_says_what_its_ranks_did(runs: Path) -> None:
+    recorded = read_events(runs / "pipeline")
+    assert recorded.step == STEPS
+    for rank, events in enumerate(recorded.events_by_rank):
+        done = sorted((event.work, event.stage, event.microbatch) for event in events)
+        assert done == sorted((work, rank, microbatch) for work in "FB" for microbatch in range(4))
+        assert all(event.begin <= event.end for event in events)
+    assert 0 < bubble_share(recorded.events_by_rank) < 1
 
 
 @pytest.mark.parametrize("layout", ["tensor", "both"])

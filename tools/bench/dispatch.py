@@ -2,7 +2,7 @@
 
     python tools/bench/dispatch.py device=cuda tokens=8192 hidden=2048 experts=64 ffn=1408 top_k=6 rounds=30
 
-Prints the median time of a forward and backward pass (device events on a GPU, the wall clock on a CPU), and the median over the rounds
+Prints the median time of a forward and backward pass (device events on a GPU, the wall clock on a CPU), and the median over rounds
 of its ratio to ``local`` in the same round; the dispatchers take turns, in another order each round. bf16 on a GPU, fp32 on a CPU.
 """
 
@@ -32,7 +32,8 @@ def layers(sizes: dict, mesh) -> dict[str, torch.nn.Module]:
     model = ModelConfig(
         vocab_size=256, max_position_embeddings=128, hidden_size=sizes["hidden"], num_layers=1, num_heads=2, q_lora_rank=None,
         kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=32, first_k_dense=0, ffn_size=256,
-        moe_ffn_size=sizes["ffn"], num_experts=sizes["experts"], top_k=sizes["top_k"], num_groups=1, topk_groups=1, num_mtp_layers=0,
+        moe_ffn_size=sizes["ffn"], num_experts=sizes["experts"], top_k=sizes["top_k"],
+        num_groups=1, topk_groups=1, num_mtp_layers=0,
     )  # fmt: skip
     dtype = torch.float32 if sizes["device"] == "cpu" else torch.bfloat16
     built = {}
