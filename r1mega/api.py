@@ -90,8 +90,10 @@ def run(command: str, overrides: Iterable[str] | Any = ()) -> Any:
     if not is_first and not entry.all_ranks:
         return None
     if entry.all_ranks and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ:
+        from r1mega.device import open_device
         from r1mega.mesh.rendezvous import agree_on_config
 
+        open_device(config.device)  # a device that is not here is told at once, not after the other ranks have come
         agree_on_config(view.given)
     if is_first and entry.saves:
         from r1mega.config.compose import save_config

@@ -109,6 +109,8 @@ def _hydra(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_hydra, value))}]"
     text = str(value)
     return text if re.fullmatch(r"[A-Za-z0-9_./+-]+", text) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 

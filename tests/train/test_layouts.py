@@ -161,7 +161,7 @@ def test_a_traced_pipeline_says_what_its_ranks_did(runs: Path) -> None:
     for rank, events in enumerate(recorded.events_by_rank):
         done = sorted((event.work, event.stage, event.microbatch) for event in events)
         assert done == sorted((work, rank, microbatch) for work in "FB" for microbatch in range(4))
-        assert all(event.begin <= event.end for event in events)
+        assert all(event.begin_seconds <= event.end_seconds for event in events)
     assert 0 < bubble_share(recorded.events_by_rank) < 1
 
 
