@@ -38,6 +38,11 @@ class Device:
         if not self.is_cpu:
             torch.cuda.synchronize()
 
+    def finish_current_work(self) -> None:
+        """Wait for what this thread has queued, and not for messages that are still to come on streams of their own."""
+        if not self.is_cpu:
+            torch.cuda.current_stream().synchronize()
+
     def peak_bytes(self) -> int:
         """Largest memory so far: the process's resident set on a CPU, the allocator's peak on a GPU."""
         if self.is_cpu:

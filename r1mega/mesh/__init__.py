@@ -82,7 +82,11 @@ class Mesh:
         everyone = {pair for part in self.gather_everywhere(sorted(set(pairs))) for pair in part}
         for source, target in sorted(everyone):
             if source != target and (source, target) not in self._edges:
-                self._edges[source, target] = dist.new_group([source, target])
+                self._edges[source, target] = group = dist.new_group([source, target])
+                # NCCL connects two ranks at their first message and blocks until both are there; so now, all in one order
+                if not self.device.is_cpu and self.rank in (source, target):
+                    token = torch.zeros(1, device=self.device.torch_device)
+                    dist.send(token, target, group=group) if self.rank == source else dist.recv(token, source, group=group)
         return self._edges
 
     def barrier(self) -> None:
@@ -199,6 +203,7 @@ def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, se
             f"parallel: a process keeps one mesh; got {parallel} with {stages_per_rank} stages a rank on {device.kind} after "
             f"{_open.parallel} with {_open.stages_per_rank} on {_open.device.kind}; start a process of its own for the other layout"
         )
+    seed += 100_003 * _open.axes["pipeline"].rank  # stages are not copies of each other
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
     return _open

@@ -6,16 +6,25 @@ the ranks of ``expert_tensor``; then each rank gives its part of the answers, an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.module import MegatronModule
 
 from r1mega.device import allocation_device
 from r1mega.model.linear import accumulate, deferred
+
+
+def _drawn_by_rank(groups) -> contextlib.AbstractContextManager:
+    """Inside, ranks with other experts, or other parts of them, draw other numbers, and ranks with the same ones the same."""
+    if groups.ep.size() * groups.expt_tp.size() == 1:
+        return contextlib.nullcontext()
+    return get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())
 
 
 class GroupedExperts(MegatronModule):
@@ -40,8 +49,9 @@ class GroupedExperts(MegatronModule):
         for name, shape in shapes.items():
             weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
             if config.perform_initialization and not weight.is_meta:
-                for expert in weight.data:
-                    inits[name](expert)
+                with _drawn_by_rank(pg_collection):
+                    for expert in weight.data:
+                        inits[name](expert)
             # Megatron: reduced over the expert-data axis, not the data axis where experts or tensor ranks cut the tokens.
             # The same in every layout, so that the optimizer has the same parts in every layout and checkpoints move between them.
             weight.allreduce = False

@@ -253,11 +253,14 @@ def _check_names(mesh: Mesh, sharded: dict[str, Any], source: Path, *, weights_o
     wanted = {key for part in mesh.gather_everywhere(sorted(asked)) for key in part}
     failure = ""
     if mesh.is_first:
-        entries = dcp.FileSystemReader(str(source / "weights")).read_metadata().state_dict_metadata
+        try:
+            entries = dcp.FileSystemReader(str(source / "weights")).read_metadata().state_dict_metadata
+        except Exception as error:  # whatever it is, no rank may stay behind alone
+            entries, failure = {}, f"checkpoint {source}: its .metadata is readable; got {error!r}; take another checkpoint"
         stored = {name.partition("/shard_")[0] for name in entries}  # objects are stored by shard
         stored = {name for name in stored if not (weights_only and name.startswith("optimizer."))}
         missing, extra = sorted(wanted - stored), sorted(stored - wanted)
-        if missing or extra:
+        if (missing or extra) and not failure:
             told = [
                 f"{word} {', '.join(names[:3])}{' and so on' if len(names) > 3 else ''}"
                 for word, names in (("without", missing), ("with", extra))

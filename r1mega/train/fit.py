@@ -169,7 +169,11 @@ class _Run:
         """While a trace runs, note what the pipeline does when, for ``r1mega timeline``."""
         executor, axes = self.trainee.executor, self.mesh.axes
         executor.events = [] if self.profile.running else None
-        yield
+        try:
+            yield
+        except BaseException:
+            executor.events = None
+            raise
         if executor.events and not any(axes[axis].rank for axis in ("data", "tensor", "context")):
             write_events(self.folder, axes["pipeline"].rank, self.state.step + 1, executor.events)
         executor.events = None

@@ -176,6 +176,7 @@ class Trainee:
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._forget_side_losses()
         biases = [(bias, bias.clone()) for _, bias in self._expert_biases()]  # updated with the gradients, before the judgement
         total, count, stats = self._run(microbatches, forward, loss, forward_only=False)
         load = self._finalize(count)
@@ -255,6 +256,13 @@ class Trainee:
             ]
         everyone = (entry for part in self.mesh.gather_objects(mine, "pipeline") for entry in part)
         return [shares for _, shares in sorted(everyone)]
+
+    def _forget_side_losses(self) -> None:
+        """Empty Megatron's trackers of what forward passes without a step, or of another model in this process, have left."""
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
+        megatron_mtp.take(self.mesh.device.torch_device)
 
     def _side_losses(self, num_microbatches: int) -> tuple[float, float]:
         """Sequence-balance loss (sum over layers, without its coefficient) and mean MTP loss of a token, over all ranks.

@@ -177,6 +177,7 @@ def test_two_hosts_train_as_one_machine(hosts: Hosts, place: Path, tmp_path: Pat
     assert hosts.sent_bytes() > 100_000  # the gradients of six steps, not only the meeting
 
 
+@pytest.mark.slow
 def test_a_killed_rank_and_a_restart(place: Path, tmp_path: Path) -> None:
     """kill -9 of one of two ranks: all start again from the last checkpoint and end with the undisturbed run's weights."""
     run = begin(command(place, tmp_path / "killed", "launch.processes=2", "launch.restarts=1"))

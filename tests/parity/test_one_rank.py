@@ -25,7 +25,7 @@ def names() -> set[str]:
     return {case.name for case in cases()}
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_every_choice_on_one_rank(device: str) -> None:
     close_mesh()
     assert {"none", "1f1b", "interleaved", "zb1p", "dualpipev", "local", "allgather", "alltoall"} <= names()

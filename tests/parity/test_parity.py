@@ -55,6 +55,35 @@ def test_more_layouts_learn_what_one_process_learns(ran, world: int, case: Case)
     assert differences(case, ran(world, more=True)) == []
 
 
+FRESH = {"ep2": {"expert": 2}, "etp2": {"expert_tensor": 2}, "pp2": {"pipeline": 2}, "tp2_ep2": {"tensor": 2, "expert": 2}}
+
+
+def start(folder: Path) -> None:
+    """One rank's part: fresh weights of each layout, saved."""
+    for name, degrees in FRESH.items():
+        trainee = parity.build(Case(name, degrees), "cpu")
+        trainee.allocate_moments()
+        state = checkpoint.TrainState()
+        checkpoint.save(trainee, state, folder / name, keep_last=1, tokenizer=None, parent=None, command="parity")
+        close_mesh()
+
+
+def test_fresh_experts_and_stages_are_no_copies_of_each_other(tmp_path: Path) -> None:
+    run_ranks(start, 2, tmp_path)
+    for name in FRESH:
+        weights = checkpoint.plain_tensors(checkpoint.resolve(tmp_path / name), without="optimizer.")
+        parts = [
+            half
+            for key, tensor in sorted(weights.items())
+            if "experts.weight1" in key
+            for expert in tensor
+            for half in expert.chunk(4)  # gate and up, each cut in two
+        ]
+        attention = [tensor for key, tensor in weights.items() if "linear_q_up_proj.weight" in key]
+        for group in (parts, attention):
+            assert len(group) > 4 and len({tuple(part.flatten()[:8].tolist()) for part in group}) == len(group), name
+
+
 def reshard(pairs: list[tuple[str, str]], folder: Path) -> None:
     """One rank's part: load each checkpoint under the other layout and save it again."""
     for source, target in pairs:

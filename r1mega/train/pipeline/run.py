@@ -24,14 +24,19 @@ Message = tuple[str, int, int]
 
 
 class _Inbox:
-    """Messages from one rank in the order of their sending, one receive ahead."""
+    """Messages from one rank in the order of their sending.
 
-    def __init__(self, group, source: int, expected: list[Message], make: Callable[[Message], torch.Tensor]):
-        self._group, self._source, self._make = group, source, make
+    ``ahead``: keep one receive posted before it is asked for. Not on a GPU, where it is a kernel that waits: whatever synchronises
+    the device meanwhile would wait for it, and so for this rank's own progress.
+    """
+
+    def __init__(self, group, source: int, expected: list[Message], make: Callable[[Message], torch.Tensor], *, ahead: bool):
+        self._group, self._source, self._make, self._ahead = group, source, make, ahead
         self._expected = iter(expected)
         self._here: dict[Message, torch.Tensor] = {}
         self._coming: tuple[Message, torch.Tensor, Any] | None = None
-        self._post()
+        if ahead:
+            self._post()
 
     def _post(self) -> None:
         message = next(self._expected, None)
@@ -43,10 +48,13 @@ class _Inbox:
     def take(self, wanted: Message) -> torch.Tensor:
         """The tensor of ``wanted``; what was sent before it waits for its turn."""
         while wanted not in self._here:
+            if not self._ahead:
+                self._post()
             message, tensor, work = self._coming
             work.wait()
             self._here[message] = tensor
-            self._post()
+            if self._ahead:
+                self._post()
         return self._here.pop(wanted)
 
 
@@ -119,7 +127,7 @@ class _Step:
             if rank != self.here and messages:
                 source = executor.line.ranks[rank]
                 group = executor.groups[source, executor.mesh.rank]
-                self.inboxes[rank] = _Inbox(group, source, messages, self._empty)
+                self.inboxes[rank] = _Inbox(group, source, messages, self._empty, ahead=self.device.is_cpu)
 
     def _message(self, action: Action) -> Message | None:
         """What ``action`` leaves for another stage."""
@@ -169,7 +177,7 @@ class _Step:
         if self.executor.stretch is not None:
             time.sleep(self.executor.stretch(action))
         if self.executor.events is not None:
-            self.device.synchronize()
+            self.device.finish_current_work()
             self.executor.events.append(Event(action.work, action.stage, action.microbatch, began, time.time()))
         message = self._message(action)
         if message is not None:
@@ -191,6 +199,7 @@ class _Step:
                 activation.requires_grad_()
             module.set_input_tensor([activation])
         output = self.forward(module, batch)
+        module.set_input_tensor([None])  # the stage keeps what it is given
         if stage == self.executor.last:
             output, self.results[number] = self.loss(output, batch)
         if torch.is_grad_enabled():
