@@ -52,6 +52,7 @@ PARTS = {
     "fsspec": ("package", "fsspec", "paths that are URLs"),
     "huggingface-hub": ("package", "huggingface_hub", "hf: names of data sets, tokenizers and checkpoints"),
     "pytest": ("package", "pytest", "make test"),
+    "pytest-xdist": ("package", "xdist", "make test, which runs in two workers"),
     "setuptools": ("package", "setuptools", "make test"),
     "ruff": ("package", "ruff", "make lint"),
     "pyarrow": ("package", "pyarrow.parquet", "Parquet files of text and problems; JSONL needs nothing"),
@@ -105,7 +106,7 @@ def checks(folder: Path) -> list[Check]:
     wanted = requirements()
     known = {requirement.name: requirement for requirement in reversed(wanted)}  # the project's own before an extra's
     own = [requirement for requirement in wanted if not requirement.extra and requirement.name != "r1mega"]
-    for_tests = [known[name] for name in ("pytest", "setuptools") if name in known and is_checkout()]
+    for_tests = [known[name] for name in ("pytest", "pytest-xdist", "setuptools") if name in known and is_checkout()]
     extras = [known.get(name, Requirement(name, name, "")) for name in EXTRAS if name not in {item.name for item in own}]
     return [
         Check("system", True, "everything: only Linux on x86-64 is tested", "use Linux on x86-64", here=_system),

@@ -20,7 +20,7 @@ def router():
 
     from r1mega.train.trainee import Trainee
 
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as the schedule does before each backward pass
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # as our executor leaves it: the gradient is not scaled
     yield Trainee(replace(MODEL, seq_aux_loss_coef=COEFFICIENT), None, mesh, "fp32").routers()[0].train()
     clear_aux_losses_tracker()
 

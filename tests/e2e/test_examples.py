@@ -30,6 +30,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_pretrain_your_text_leaves_a_model_that_stock_transformers_loads(tmp_path) -> None:
     said = run_example("pretrain_your_text", tmp_path / "out")
     lines = metrics(tmp_path / "out" / "pretrain")
@@ -54,6 +55,7 @@ def rl_your_jsonl(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_rl_your_jsonl_trains_on_the_files_problems_and_judges_the_held_out_ones(rl_your_jsonl) -> None:
     given = (ROOT / "examples" / "rl_your_jsonl" / "problems.jsonl").read_text().splitlines()
     parts = {
@@ -73,6 +75,7 @@ def test_rl_your_jsonl_trains_on_the_files_problems_and_judges_the_held_out_ones
     assert {example["question"] for example in judged["examples"]} == set(parts["test"])
 
 
+@pytest.mark.slow
 def test_add_a_reward_counts_a_reward_from_outside_the_package(rl_your_jsonl, tmp_path, monkeypatch) -> None:
     run_example("add_a_reward", tmp_path / "out", rl_your_jsonl)
     lines = metrics(tmp_path / "out" / "rl")

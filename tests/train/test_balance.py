@@ -202,6 +202,7 @@ def test_sft_moves_experts_too(runs) -> None:
     assert_same_run(out, runs[0] / "sft_none")
 
 
+@pytest.mark.slow
 def test_each_stage_moves_its_own_layers(stages) -> None:
     folder, seen = stages
     halves = [(0, slice(0, 1)), (1, slice(0, 1)), (0, slice(1, 2)), (1, slice(1, 2))]
