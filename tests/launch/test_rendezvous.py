@@ -88,6 +88,7 @@ def test_an_interface_that_is_not_here(monkeypatch) -> None:
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_rank_that_comes_twice_and_one_that_does_not_come(tmp_path: Path, last: str | None, expected: str) -> None:
     """All ranks that are there say the same."""
     group = Group(tmp_path, JOIN, 3, meet=6, env=[{}, {}, {"RANK": last or "2"}])

@@ -211,6 +211,7 @@ def test_each_stage_moves_its_own_layers(stages) -> None:
     assert_bit_for_bit(folder / "stages_cut", folder / "stages_moved")
 
 
+@pytest.mark.slow
 def test_another_number_of_experts_ranks_starts_from_the_logical_order(stages) -> None:
     folder, _ = stages
     out, start = folder / "stages_then_expert", MOVES[0] + 1
