@@ -123,6 +123,8 @@ def choice_violations(config: Trained) -> Iterator[Violation]:
         yield from _one("expert_tensor", p.expert_tensor, why, ("dispatcher", "alltoall"))
     if registry.name_of("balance", config.balance) == "eplb":
         yield from _several_experts(config, "balance=eplb, which moves experts between ranks", ("balance", "none"))
+    if registry.name_of("balance", config.balance) != "none":
+        yield from _movable(config)
     if registry.name_of("pipeline", config.pipeline) == "none" and p.pipeline > 1:
         yield from _one("pipeline", p.pipeline, "pipeline=none, which cuts the model into no stages", ("pipeline", "1f1b"))
         return
@@ -139,6 +141,17 @@ def _one(axis: str, degree: int, why: str, instead: tuple[str, str]) -> Iterator
     if degree > 1:
         key, (kind, other) = f"parallel.{axis}", instead
         yield Violation(key, f"1 with {why}", degree, ((key, (1,)), (kind, (other,))))
+
+
+def _movable(config: Trained) -> Iterator[Violation]:
+    """Experts move by the load that the bias counts, at checkpoints."""
+    name, instead = registry.name_of("balance", config.balance), ("balance", ("none",))
+    if isinstance(config, PretrainConfig) and not config.model.use_expert_bias:
+        key, rule = "model.use_expert_bias", f"true with balance={name}, whose load is what the bias counts"
+        yield Violation(key, rule, "false", ((key, (True,)), instead))
+    if not config.trainer.save_every:
+        key, rule = "trainer.save_every", f"above 0 with balance={name}, which moves experts at checkpoints"
+        yield Violation(key, rule, 0, ((key, (max(1, config.trainer.steps // 10),)), instead))
 
 
 def _several_experts(config: Trained, why: str, instead: tuple[str, str]) -> Iterator[Violation]:

@@ -38,6 +38,7 @@ class MixtureOfExperts(MoELayer):
             raise ValueError("model.moe: recompute of a part of the layer is not there; got recompute_modules of moe; leave it out")
         ranks = ExpertRanks(config.num_moe_experts, _axis(self.ep_group), _axis(groups.expt_tp), config.moe_router_topk)
         self.token_dispatcher = (dispatcher or AllToAll()).build(ranks)
+        self._order: tuple[tuple[int, ...], torch.Tensor] | None = None
 
     def forward(self, hidden_states: torch.Tensor, intermediate_tensors=None, padding_mask: torch.Tensor | None = None):
         """``[S, B, D]`` to ``([S, B, D], None)``; ``padding_mask``: ``[B, S]``, False for padding, for the balance loss alone."""
@@ -61,7 +62,9 @@ class MixtureOfExperts(MoELayer):
         placement = self.experts.placement
         if placement == tuple(range(len(placement))):
             return probs_TE, routing_map_TE
-        order = torch.tensor(placement, device=probs_TE.device)
+        if self._order is None or self._order[0] != placement:  # once a move: a copy to the device waits for it
+            self._order = placement, torch.tensor(placement, device=probs_TE.device)
+        order = self._order[1]
         return probs_TE.index_select(1, order), routing_map_TE.index_select(1, order)
 
 

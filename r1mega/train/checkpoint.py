@@ -227,12 +227,15 @@ def load(trainee: Trainee, path: str | Path, *, weights_only: bool = False, veri
             manifest.check_same_model(trainee.model_config, source)
     except UserError as error:
         failure = str(error)
+    except OSError as error:  # of this rank's host alone, it may be: the others must not wait
+        failure = f"checkpoint {source}: every file is readable; got {error.strerror or error}; mend the disk or take another one"
     mesh.agree(failure)
     record = read_state(source)
     sharded = _sharded(trainee, loading=True, with_optimizer=not weights_only)
     _check_names(mesh, sharded, source, weights_only=weights_only)
     loaded = dist_checkpointing.load(sharded, str(source / "weights"))
-    trainee.held.load_sharded(loaded["model"])
+    fault = trainee.held.load_sharded(loaded["model"])
+    mesh.agree(fault and f"checkpoint {source}: gives each stage its names; got {fault}; take one of this version of r1mega")
     if trainee.optimizer is not None:
         if weights_only:
             trainee.optimizer.reload_model_params()

@@ -21,7 +21,7 @@ from r1mega.train.trainee import Trainee
 
 
 class Placements:
-    """Of one run. Raises UserError where the choice of balance would never have a load, or never a checkpoint, to move with."""
+    """Of one run. Raises UserError where the choice of balance would never have a load to move with."""
 
     def __init__(self, config: PretrainConfig | SftConfig, trainee: Trainee):
         self.trainee, model = trainee, trainee.model_config
@@ -32,8 +32,11 @@ class Placements:
         self.balancer = config.balance.build()
         self.active = not isinstance(config.balance, Unmoved)
         self._reset()
-        if self.active:
-            _check(config, model.use_expert_bias)
+        if self.active and not model.use_expert_bias:  # of a checkpoint's model; the config's has its rule
+            raise UserError(
+                f"model.use_expert_bias: true with balance={registry.name_of('balance', config.balance)}, whose load is what the "
+                "bias counts; got false; use balance=none"
+            )
 
     def _reset(self) -> None:
         self.placements = [tuple(range(self.num_experts))] * self.num_layers
@@ -107,16 +110,3 @@ def _nodes(mesh: Mesh, hosts: int) -> int:
     nodes = len(set(at))
     each = len(line) // nodes
     return nodes if at == [at[index * each] for index in range(nodes) for _ in range(each)] and each * nodes == len(line) else 1
-
-
-def _check(config: PretrainConfig | SftConfig, has_bias: bool) -> None:
-    name = registry.name_of("balance", config.balance)
-    if not has_bias:
-        raise UserError(
-            f"model.use_expert_bias: true with balance={name}, whose load is what the bias counts; got false; use balance=none"
-        )
-    if not config.trainer.save_every:
-        raise UserError(
-            f"trainer.save_every: above 0 with balance={name}, which moves experts at checkpoints; got 0; use a number of steps, "
-            "or balance=none"
-        )

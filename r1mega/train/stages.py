@@ -59,13 +59,15 @@ class Stages(torch.nn.Module):
             state[f"stage{number}"] = {name: value for name, value in part.items() if name not in shared}
         return state
 
-    def load_sharded(self, loaded: dict[str, Any]) -> None:
-        """Take what a checkpoint gave for :meth:`sharded_state_dict`. Raises RuntimeError for missing or extra names."""
+    def load_sharded(self, loaded: dict[str, Any]) -> str:
+        """Take what a checkpoint gave for :meth:`sharded_state_dict`. Returns names that are missing or too many, in words."""
         seen: set[int] = set()
+        faults = []
         for number, stage in enumerate(self.stages):
             shared = {name for name, parameter in stage.named_parameters() if id(parameter) in seen}
             seen |= {id(parameter) for parameter in stage.parameters()}
             result = stage.load_state_dict(loaded[f"stage{number}"], strict=False)
             missing = set(result.missing_keys) - shared
             if missing or result.unexpected_keys:
-                raise RuntimeError(f"stage {number}: missing {sorted(missing)}, unexpected {sorted(result.unexpected_keys)}")
+                faults.append(f"stage {number}: missing {sorted(missing)}, unexpected {sorted(result.unexpected_keys)}")
+        return "; ".join(faults)

@@ -167,7 +167,7 @@ ROWS = [
     row(f"{PRETRAIN} dispatcher=all2all", "dispatcher: no such choice; got 'all2all'; did you mean alltoall? use one of allgather, alltoall, deepep, local"),
     row(f"{PRETRAIN} dispatcher=local parallel=ep2 launch.processes=2", "parallel.expert: 1 with dispatcher=local, whose tokens stay on their rank; got 2; use parallel.expert=1, or dispatcher=alltoall"),
     row(f"{PRETRAIN} dispatcher=deepep parallel=ep2 launch.processes=2", "dispatcher: deepep needs GPUs, device=cuda; got deepep with device=cpu; use dispatcher=alltoall"),
-    row(f"{PRETRAIN} balance=eplb launch.processes=2", "parallel.expert: above 1 with balance=eplb, which moves experts between ranks; got 1; use parallel.expert=2, or balance=none"),
+    row(f"{PRETRAIN} balance=eplb trainer.save_every=5 launch.processes=2", "parallel.expert: above 1 with balance=eplb, which moves experts between ranks; got 1; use parallel.expert=2, or balance=none"),
     row(f"{RL} pipeline=1f1b", "pipeline: no such key of rl; got 'pipeline=1f1b'; did you mean parallel.pipeline? see r1mega rl --help"),
     row(f"{RL} parallel.tensor=2 launch.processes=2", "parallel.tensor: 1, every rank of this command holds whole weights; got 2; use parallel.tensor=1"),
     row(f"{EVAL} parallel=cp2 launch.processes=2", "parallel.context: 1, every rank of this command holds whole weights; got 2; use parallel.context=1"),

@@ -72,31 +72,36 @@ def cut_off(data: Path, out: Path, call, step: int) -> None:
     call()
 
 
+def tune(data: Path, out: Path, **degrees: int) -> None:
+    """Fine-tune from the seed checkpoint in a layout; the mesh is closed after it."""
+    config = sft_config(data, data / "seed", out, 4, save_every=2, micro_batch_size=2)
+    config.parallel = ParallelConfig(**degrees)
+    try:
+        sft(config)
+    finally:
+        close_mesh()
+
+
 def two_ranks(data: Path, there: Path) -> None:
-    """Everything that two ranks do, under ``there``."""
-    run(data, there / "one_microbatch", micro_batch_size=4)
-    run(data, there / "two_microbatches", micro_batch_size=2)
+    """What two ranks do in every test run, under ``there``: one layout for each way of sharing data."""
     run(data, there / "tensor", degrees={"tensor": 2})
-    run(data, there / "expert", degrees={"expert": 2})
-    run(data, there / "both", degrees={"tensor": 2, "expert": 2})
     run(data, there / "straight", 6, save_every=3)
     cut_off(data, there / "cut", lambda: run(data, there / "cut", 6, save_every=3), 5)
     run(data, there / "from_one", 6)  # its folder holds one rank's checkpoint of step 3
-
-    def tune(name: str, **degrees: int) -> None:
-        config = sft_config(data, data / "seed", there / name, 4, save_every=2, micro_batch_size=2)
-        config.parallel = ParallelConfig(**degrees)
-        try:
-            sft(config)
-        finally:
-            close_mesh()
-
-    tune("sft_straight")
-    cut_off(data, there / "sft_cut", lambda: tune("sft_cut"), 3)
-    tune("sft_context", context=2)
-    tune("sft_pipeline", pipeline=2)
+    tune(data, there / "sft_straight")
+    tune(data, there / "sft_context", context=2)
     run(data, there / "pipeline", degrees={"pipeline": 2}, profile=True)
+
+
+def two_ranks_more(data: Path, there: Path) -> None:
+    """The other layouts; the parity kit has them in every test run, without the loader."""
+    run(data, there / "one_microbatch", micro_batch_size=4)
+    run(data, there / "two_microbatches", micro_batch_size=2)
+    run(data, there / "expert", degrees={"expert": 2})
+    run(data, there / "both", degrees={"tensor": 2, "expert": 2})
     run(data, there / "context", degrees={"context": 2})
+    tune(data, there / "sft_pipeline", pipeline=2)
+    cut_off(data, there / "sft_cut", lambda: tune(data, there / "sft_cut"), 3)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +114,13 @@ def runs(train_data: Path, seed_run: Path, tmp_path_factory) -> Path:
     shutil.copytree(folder / "one/checkpoints/step-00000003", folder / "from_one/checkpoints/step-00000003")
     run_ranks(two_ranks, 2, train_data, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def more_runs(train_data: Path, runs: Path) -> Path:
+    """The same folder with the other layouts' runs."""
+    run_ranks(two_ranks_more, 2, train_data, runs)
+    return runs
 
 
 def assert_same(left: Path, right: Path, steps: int, tolerance: float = TOLERANCE) -> None:
@@ -140,19 +152,28 @@ def first_three(runs: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", ["one_microbatch", "two_microbatches", "expert"])
-def test_two_data_ranks_learn_what_one_learns(runs: Path, first_three: Path, layout: str) -> None:
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def test_two_ranks_learn_what_one_learns(runs: Path, first_three: Path, layout: str) -> None:
     assert_same(runs / layout, first_three, STEPS)
 
 
-@pytest.mark.parametrize("layout", ["pipeline", "context"])
-def test_stages_and_parts_of_sequences_learn_what_one_rank_learns(runs: Path, first_three: Path, layout: str) -> None:
-    assert_same(runs / layout, first_three, STEPS)
+def test_two_data_ranks_learn_what_one_learns(runs: Path) -> None:
+    assert_same(runs / "straight", runs / "one", 6)
 
 
-@pytest.mark.parametrize("layout", ["sft_context", "sft_pipeline"])
-def test_packed_samples_are_learnt_alike(runs: Path, layout: str) -> None:
-    assert_same(runs / layout, runs / "sft_straight", 4)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one_microbatch", "two_microbatches", "expert", "both", "context"])
+def test_two_ranks_learn_what_one_learns_in_other_layouts(more_runs: Path, first_three: Path, layout: str) -> None:
+    assert_same(more_runs / layout, first_three, STEPS)
+
+
+def test_packed_samples_are_learnt_alike(runs: Path) -> None:
+    assert_same(runs / "sft_context", runs / "sft_straight", 4)
+
+
+@pytest.mark.slow
+def test_packed_samples_are_learnt_alike_by_stages(more_runs: Path) -> None:
+    assert_same(more_runs / "sft_pipeline", more_runs / "sft_straight", 4)
 
 
 def test_a_traced_pipeline_says_what_its_ranks_did(runs: Path) -> None:
@@ -165,24 +186,27 @@ def test_a_traced_pipeline_says_what_its_ranks_did(runs: Path) -> None:
     assert 0 < bubble_share(recorded.events_by_rank) < 1
 
 
-@pytest.mark.parametrize("layout", ["tensor", "both"])
-def test_two_tensor_ranks_learn_what_one_learns(runs: Path, first_three: Path, layout: str) -> None:
-    assert_same(runs / layout, first_three, STEPS)
-
-
-@pytest.mark.parametrize("left, right", [("straight", "cut"), ("sft_straight", "sft_cut")])
-def test_two_ranks_that_are_cut_off_go_on_bit_for_bit(runs: Path, left: str, right: str) -> None:
-    ours, theirs = (stored(latest(runs / name / "checkpoints")) for name in (left, right))
+def assert_same_bits(left: Path, right: Path) -> None:
+    ours, theirs = (stored(latest(run / "checkpoints")) for run in (left, right))
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert [line["lm_loss"] for line in lines(runs / left)] == [line["lm_loss"] for line in lines(runs / right)]
+    assert [line["lm_loss"] for line in lines(left)] == [line["lm_loss"] for line in lines(right)]
+
+
+def test_two_ranks_that_are_cut_off_go_on_bit_for_bit(runs: Path) -> None:
+    assert_same_bits(runs / "straight", runs / "cut")
+
+
+@pytest.mark.slow
+def test_two_ranks_that_are_cut_off_in_an_sft_go_on_bit_for_bit(more_runs: Path) -> None:
+    assert_same_bits(more_runs / "sft_straight", more_runs / "sft_cut")
 
 
 def test_one_ranks_checkpoint_goes_on_with_two(runs: Path) -> None:
     assert_same(runs / "from_one", runs / "one", STEPS)
 
 
-@pytest.mark.parametrize("layout", ["straight", "tensor", "expert"])
+@pytest.mark.parametrize("layout", ["straight", "tensor"])
 def test_two_ranks_checkpoint_goes_on_with_one(runs: Path, train_data: Path, layout: str) -> None:
     out = runs / f"{layout}_then_one"
     (out / "checkpoints").mkdir(parents=True)
