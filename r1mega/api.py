@@ -103,6 +103,10 @@ def run(command: str, overrides: Iterable[str] | Any = ()) -> Any:
         provenance.record(view.given, config.out, command, arguments)
     result_file = os.environ.pop(RESULT_VARIABLE, None)
     with view:
+        if entry.all_ranks:
+            from r1mega.compat import megatron_jit
+
+            megatron_jit.apply()
         result = view.finish(entry.load()(config))
     if is_first and result_file:
         Path(result_file).write_bytes(pickle.dumps(result))

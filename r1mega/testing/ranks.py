@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from r1mega.compat import megatron_jit
 from r1mega.launch.local import LaunchError, start_ranks
 
 CALL = "call.pickle"
@@ -59,6 +60,7 @@ def main(place: str, timeout_seconds: str) -> int:
     with (folder / f"{rank}.txt").open("w") as story:
         faulthandler.dump_traceback_later(float(timeout_seconds), exit=True, file=story)  # ends the process with status 1
         try:
+            megatron_jit.apply()
             result = getattr(importlib.import_module(module), name)(*args)
             (folder / f"{rank}.pickle").write_bytes(pickle.dumps(result))
         except BaseException:
