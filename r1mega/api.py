@@ -57,7 +57,10 @@ COMMANDS: dict[str, Command] = {
     "sft": Command("r1mega.train.sft:sft", "training on the answers alone"),
     "rl": Command("r1mega.rl.loop:rl", "reinforcement learning with verifiable rewards: GRPO and its kin"),
     "eval": Command("r1mega.eval.evaluate:evaluate", "pass@1 of a checkpoint on problems"),
-    "export": Command("r1mega.train.export:export", "a checkpoint as a Hugging Face model"),
+    "export": Command("r1mega.train.export:export", "a checkpoint as a Hugging Face model", all_ranks=False),
+    "convert": Command(
+        "r1mega.train.convert.run:convert", "a checkpoint from Hugging Face's format or into it", all_ranks=False, saves=False
+    ),
     "recipe": Command("r1mega.recipe.run:recipe", "stages as a graph, from text to a reasoning model"),
     "report": Command("r1mega.report.page:report", "one HTML page of a run", all_ranks=False, saves=False),
     "compare": Command(
@@ -66,6 +69,9 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("r1mega.eval.chat:chat", "talk to a checkpoint", saves=False),
     "timeline": Command(
         "r1mega.report.timeline:timeline", "what each rank of a pipeline does when, and its idle time", all_ranks=False, saves=False
+    ),
+    "lineage": Command(
+        "r1mega.train.lineage:lineage", "where a checkpoint comes from, each ancestor by its hash", all_ranks=False, saves=False
     ),
     "doctor": Command("r1mega.doctor.report:doctor", "what is here and usable, what is missing", all_ranks=False, saves=False),
     "completion": Command(
@@ -103,7 +109,7 @@ def run(command: str, overrides: Iterable[str] | Any = ()) -> Any:
         provenance.record(view.given, config.out, command, arguments)
     result_file = os.environ.pop(RESULT_VARIABLE, None)
     with view:
-        if entry.all_ranks:
+        if entry.all_ranks and isinstance(config, ComputeConfig) and command != "recipe":  # which checks its stages first
             from r1mega.compat import megatron_jit
 
             megatron_jit.apply()
@@ -165,7 +171,7 @@ def _check_problems(config: Any) -> None:
 def _check_checkpoints(command: str, config: Any) -> None:
     """Is there a checkpoint to start from, is the one to go on from this command's and of this model? Before torch is imported."""
     given = getattr(config, "init", None) or getattr(config, "checkpoint", None)
-    if given is not None:
+    if given is not None and command != "lineage":  # which also looks at exports
         model = manifest.read_model(given)
         if command == "sft":
             rules.check_cut(config, model)
@@ -275,9 +281,19 @@ def chat(*overrides: Any) -> Any:
     return _call("chat", overrides)
 
 
+def convert(*overrides: Any) -> Any:
+    """A checkpoint between Hugging Face's format and Megatron's: ``convert("source=A", "target=B")``, or one ConvertConfig."""
+    return _call("convert", overrides)
+
+
 def timeline(*overrides: Any) -> Any:
     """A schedule drawn: ``timeline("run=runs/x")`` or ``timeline("pipeline=zb1p", "ranks=4")``, or one TimelineConfig."""
     return _call("timeline", overrides)
+
+
+def lineage(*overrides: Any) -> Any:
+    """Where a checkpoint comes from: ``lineage("checkpoint=runs/x")``, or one LineageConfig."""
+    return _call("lineage", overrides)
 
 
 def doctor(*overrides: Any) -> Any:

@@ -68,7 +68,7 @@ def test_a_ready_config_runs_and_its_defaults_are_resolved(stub) -> None:
     ("call", "message"),
     [
         (lambda: api.export(ReportConfig(run="given")), "export: a ExportConfig; got ReportConfig"),
-        (lambda: api.export(ExportConfig(checkpoint="given", dtype="fp8")), "dtype: one of as_is, fp32, bf16; got fp8"),
+        (lambda: api.export(ExportConfig(checkpoint="given", dtype="fp4")), "dtype: one of as_is, bf16, fp32, fp8; got fp4"),
         (lambda: api.export(ExportConfig(checkpoint="given", seed="soon")), "seed: a value of the key's type; got Value 'soon'"),
         (lambda: api.export(ExportConfig()), "checkpoint: a value is needed; got none"),
         (
@@ -101,13 +101,16 @@ def test_a_ready_config_without_choices_is_refused(stub) -> None:
 def test_ranks_started_by_others_join_and_only_the_first_one_writes(stub, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert api.export("checkpoint=given", "launch.processes=2")[0] == "ran"
+    asked = ("checkpoint=given", "data.problems=given/file.jsonl", "name=first")
+    assert api.eval(*asked, "launch.processes=2")[0] == "ran"
+    assert api.export("checkpoint=given") is None, "rank 0 reads the files"
     assert api.report("run=given") is None
     assert not (stub / "runs").exists()
     monkeypatch.setenv("RANK", "0")
     assert api.report("run=given")[0] == "ran"
     assert api.export("checkpoint=given")[0] == "ran"
-    assert [path.name for path in (stub / "runs").rglob("*.yaml")] == ["config.yaml"]
+    assert api.eval(*asked)[0] == "ran"
+    assert sorted(path.parent.name for path in (stub / "runs").rglob("*.yaml")) == ["export", "first"]
 
 
 def test_report_and_chat_leave_the_runs_config_alone(stub) -> None:

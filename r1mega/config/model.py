@@ -25,6 +25,7 @@ class ModelConfig:
 
     name: str = knob("custom", "preset's name, for logs and the model card", "name")
     vocab_size: int = knob(32768, "rows of embedding and head", "tokens", **at_least(2))
+    vocab_padding: int = knob(0, "rows of vocab_size, the last ones, that are no tokens: not published", "tokens", **at_least(0))
     max_position_embeddings: int = knob(4096, "longest context", "tokens", **at_least(1))
     hidden_size: int = knob(1024, "residual width D", "1", **at_least(1))
     num_layers: int = knob(12, "decoder layers, MTP not counted", "layers", **at_least(1))

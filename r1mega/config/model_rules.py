@@ -53,6 +53,9 @@ def model_violations(
         even = (m.qk_rope_head_dim - 1, m.qk_rope_head_dim + 1)
         rule = "even, rotary positions turn pairs"
         yield Violation("model.qk_rope_head_dim", rule, m.qk_rope_head_dim, (("model.qk_rope_head_dim", even),))
+    if m.vocab_padding >= m.vocab_size:
+        rule = f"below model.vocab_size {m.vocab_size}, of which it is a part"
+        yield Violation("model.vocab_padding", rule, m.vocab_padding, (("model.vocab_padding", (0,)),))
     if m.first_k_dense > m.num_layers:
         rule = f"at most model.num_layers {m.num_layers}"
         yield Violation("model.first_k_dense", rule, m.first_k_dense, (("model.first_k_dense", (m.num_layers,)),))
@@ -87,6 +90,9 @@ def _router(m: ModelConfig) -> Iterator[Violation]:
     if m.score_function == "sigmoid" and m.top_k > 1 and not m.norm_topk_prob:
         rule = "true, since Megatron normalises a sigmoid gate with top_k above 1"
         yield Violation("model.norm_topk_prob", rule, "false", (("model.norm_topk_prob", (True,)),))
+    if m.score_function == "softmax" and m.top_k == 1 and m.norm_topk_prob:
+        rule = "false with the softmax gate and model.top_k 1, whose only weight is no share"
+        yield Violation("model.norm_topk_prob", rule, "true", (("model.norm_topk_prob", (False,)),))
     if m.score_function == "softmax" and m.use_expert_bias:
         yield Violation("model.use_expert_bias", "false with the softmax gate", "true", (("model.use_expert_bias", (False,)),))
 

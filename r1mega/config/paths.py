@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from r1mega.config.convert import ConvertConfig
 from r1mega.config.data import CompareConfig, PrepareConfig, ReportConfig
 from r1mega.config.errors import UserError, Violation
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RlConfig
 from r1mega.config.run import ComputeConfig
+from r1mega.config.tools import LineageConfig
 from r1mega.config.train import PretrainConfig, SftConfig
 from r1mega.files.records import rows_below
 
@@ -46,7 +48,7 @@ def violations(config: Any) -> Iterator[Violation]:
         yield from _tokenizer("tokenizer", config.tokenizer, config.model.vocab_size)
     if isinstance(config, PretrainConfig | SftConfig | RlConfig) and config.init is not None:
         yield from _folder("init", config.init, "a checkpoint's folder")
-    if isinstance(config, EvalConfig | ExportConfig | ChatConfig):
+    if isinstance(config, EvalConfig | ExportConfig | ChatConfig | LineageConfig):
         yield from _folder("checkpoint", config.checkpoint, "a checkpoint's folder")
     if isinstance(config, RlConfig | EvalConfig):
         yield from _file("data.problems", config.data.problems)
@@ -56,11 +58,13 @@ def violations(config: Any) -> Iterator[Violation]:
         yield from _folder("run", config.run, "a run's folder")
     if isinstance(config, CompareConfig):
         yield from _compared(config.run)
+    if isinstance(config, ConvertConfig):
+        yield from _folder("source", config.source, "a checkpoint's folder")
     if isinstance(config, ComputeConfig | PrepareConfig) and not isinstance(config, ChatConfig):
         yield from _written("out", config.out, folder=True)
-    if isinstance(config, ExportConfig):
+    if isinstance(config, ExportConfig | ConvertConfig):
         yield from _written("target", config.target, folder=True)
-        yield from _export_target(Path(config.target))
+        yield from _conversion_target(Path(config.target))
     if isinstance(config, ReportConfig | CompareConfig):
         yield from _written("target", config.target)
     if isinstance(config, EvalConfig) and config.keep is not None:
@@ -88,15 +92,14 @@ def _written(where: str, name: str, *, folder: bool = False) -> Iterator[Violati
         )
 
 
-def _export_target(target: Path) -> Iterator[Violation]:
-    """Only an earlier export is replaced."""
-    if target.is_dir() and any(target.iterdir()):
-        try:
-            ours = json.loads((target / "config.json").read_text(encoding="utf-8"))["model_type"] == "deepseek_v3"
-        except (OSError, ValueError, KeyError, TypeError):
-            ours = False
-        if not ours:
-            yield Violation("target", "a new folder or an earlier export", f"{target} with other files", hint="use another target=")
+def _conversion_target(target: Path) -> Iterator[Violation]:
+    """Only an earlier conversion is replaced: it has its ledger."""
+    if (
+        target.is_dir()
+        and any(target.iterdir())
+        and not any((target / name).is_file() for name in ("ledger.json", "source/ledger.json"))
+    ):
+        yield Violation("target", "a new folder or an earlier conversion", f"{target} with other files", hint="use another target=")
 
 
 def _compared(runs: list[str]) -> Iterator[Violation]:

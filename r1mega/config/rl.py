@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from r1mega.config.convert import DTYPES, ConversionConfig
 from r1mega.config.knob import REQUIRED, at_least, knob, one_of
 from r1mega.config.run import ComputeConfig, SamplingConfig
-from r1mega.config.train import OptimConfig
+from r1mega.config.train import EXPORT_DTYPES, OptimConfig
 
 
 @dataclass
@@ -59,7 +60,18 @@ class RolloutConfig:
     )
     log_every: int = knob(1, "rollouts between metric lines", "rollouts", **at_least(1))
     save_every: int = knob(0, "rollouts between checkpoints; 0: at the end only", "rollouts", **at_least(0))
-    keep_last: int = knob(2, "checkpoints kept", "checkpoints", **at_least(1))
+    keep_last: int = knob(2, "newest checkpoints kept", "checkpoints", **at_least(1))
+    keep_every: int = knob(
+        0, "checkpoints of rollouts that are a multiple of it are kept for good; 0: none", "rollouts", **at_least(0)
+    )
+    async_save: bool = knob(True, "write checkpoints beside the rollouts, from a copy in host memory; false: stand still", "bool")
+    export_every: int = knob(
+        0,
+        "rollouts between exports to out/exports as Hugging Face models, a multiple of save_every; 0: none",
+        "rollouts",
+        **at_least(0),
+    )
+    export_dtype: str = knob("bf16", "number format of these exports", "name", **one_of(*EXPORT_DTYPES))
 
 
 @dataclass
@@ -106,8 +118,9 @@ class ExportConfig(ComputeConfig):
 
     checkpoint: str = knob(REQUIRED, "checkpoint to export", "path")
     target: str = knob("${out}/hf", "folder of the Hugging Face model", "path")
-    dtype: str = knob("as_is", "fp32, bf16, or as_is: the checkpoint's", "name", **one_of("as_is", "fp32", "bf16"))
-    shard_bytes: int = knob(5 << 30, "largest safetensors file", "bytes", **at_least(1 << 20))
+    dtype: str = knob("as_is", "bf16, fp32, fp8 (128x128 blocks, as V3), or as_is: the checkpoint's", "name", **one_of(*DTYPES))
+    shard_bytes: int = knob(5 << 30, "largest safetensors file", "bytes", **at_least(1 << 10))
+    convert: ConversionConfig = knob(ConversionConfig, "how it works", "section")
 
 
 @dataclass

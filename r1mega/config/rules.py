@@ -31,6 +31,7 @@ from r1mega.config.parallel_rules import (
 )
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RewardConfig, RlConfig
 from r1mega.config.run import ComputeConfig, LogConfig
+from r1mega.config.saving_rules import export_violations
 from r1mega.config.schema import plain_type
 from r1mega.config.train import TUNABLE_MODEL_FIELDS, OptimConfig, PretrainConfig, SftConfig
 
@@ -106,8 +107,10 @@ def cross_violations(config: Any) -> Iterator[Violation]:
         yield from length_violations(config)
         yield from batch_violations(config)
         yield from _schedule(config.optim, config.trainer.steps, "trainer.steps")
+        yield from export_violations("trainer", config.trainer)
     if isinstance(config, RlConfig):
         yield from _loop(config)
+        yield from export_violations("rl", config.rl)
         yield from _rewards(config.reward)
         updates = config.rl.rollouts * config.rl.updates_per_rollout
         yield from _schedule(config.optim, updates, "rl.rollouts x rl.updates_per_rollout")

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from r1mega import registry
+from r1mega.config.convert import ConvertConfig
 from r1mega.config.data import CompareConfig, PrepareConfig, RecipeConfig, ReportConfig
 from r1mega.config.errors import UserError, nearest
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RlConfig
-from r1mega.config.tools import CompletionConfig, DoctorConfig, TimelineConfig
+from r1mega.config.tools import CompletionConfig, DoctorConfig, LineageConfig, TimelineConfig
 from r1mega.config.train import PretrainConfig, SftConfig
 
 SCHEMAS: dict[str, type] = {
@@ -27,11 +28,13 @@ SCHEMAS: dict[str, type] = {
     "rl": RlConfig,
     "eval": EvalConfig,
     "export": ExportConfig,
+    "convert": ConvertConfig,
     "recipe": RecipeConfig,
     "report": ReportConfig,
     "compare": CompareConfig,
     "chat": ChatConfig,
     "timeline": TimelineConfig,
+    "lineage": LineageConfig,
     "doctor": DoctorConfig,
     "completion": CompletionConfig,
 }

@@ -1,4 +1,4 @@
-"""``r1mega doctor``, ``r1mega completion`` and ``r1mega timeline``: what they take."""
+"""``r1mega doctor``, ``r1mega completion``, ``r1mega timeline`` and ``r1mega lineage``: what they take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1mega import registry
-from r1mega.config.knob import at_least, knob, one_of
+from r1mega.config.knob import REQUIRED, at_least, knob, one_of
 from r1mega.config.run import RunConfig
 
 
@@ -59,3 +59,16 @@ class TimelineConfig(RunConfig):
     def __post_init__(self) -> None:
         if self.pipeline is None:
             self.pipeline = registry.lookup("pipeline", "1f1b")()
+
+
+@dataclass
+class LineageConfig(RunConfig):
+    """``r1mega lineage``: where a checkpoint comes from, back to fresh weights or to a published checkpoint.
+
+    One line an ancestor: command, step, tokens, digest, verified, changed or gone, and where it lies. Exit status 2 where one that
+    is still on disk has changed. Also for an export (its ``r1mega.json``) and for a run's folder (its newest checkpoint).
+    """
+
+    checkpoint: str = knob(REQUIRED, "a checkpoint, a run or an export", "path")
+    hashes: bool = knob(True, "read every file of the ancestors on disk; false: only the digests of their manifests", "bool")
+    json: bool = knob(False, "print one JSON object instead of the table", "bool")

@@ -45,6 +45,10 @@ class TokenDataConfig:
     )
 
 
+EXPORT_DTYPES = ("as_is", "fp32", "bf16", "fp8")
+"""Number formats of an export; as_is: the checkpoint's."""
+
+
 @dataclass
 class TrainerConfig:
     """Steps, batches, logs, checkpoints."""
@@ -56,7 +60,16 @@ class TrainerConfig:
     valid_every: int = knob(0, "steps between validation losses; 0: at the end only", "steps", **at_least(0))
     valid_batches: int = knob(8, "global batches of one validation loss", "batches", **at_least(1))
     save_every: int = knob(0, "steps between checkpoints; 0: at the end only", "steps", **at_least(0))
-    keep_last: int = knob(2, "checkpoints kept", "checkpoints", **at_least(1))
+    keep_last: int = knob(2, "newest checkpoints kept", "checkpoints", **at_least(1))
+    keep_every: int = knob(0, "checkpoints whose step is a multiple of it are kept for good; 0: none", "steps", **at_least(0))
+    async_save: bool = knob(True, "write checkpoints beside the training, from a copy in host memory; false: stand still", "bool")
+    export_every: int = knob(
+        0,
+        "steps between exports to out/exports as Hugging Face models, a multiple of save_every; 0: none",
+        "steps",
+        **at_least(0),
+    )
+    export_dtype: str = knob("bf16", "number format of these exports", "name", **one_of(*EXPORT_DTYPES))
     on_spike: str = knob(
         "skip",
         "at a loss that is not finite or spikes: skip the step, rollback to the last checkpoint with the data moved on, or stop",

@@ -37,12 +37,14 @@ class Mirror:
     """One URL that a command writes, and its local path.
 
     whole: a folder there is replaced, not added to (an export). keep_last: checkpoints kept there; None: the command makes none.
+    keep_every: those whose step is a multiple of it are kept too; 0: none.
     """
 
-    def __init__(self, where: str, url: str, local: Path, *, whole: bool, keep_last: int | None = None):
+    def __init__(self, where: str, url: str, local: Path, *, whole: bool, keep_last: int | None = None, keep_every: int = 0):
         if "::" in url:
             raise UserError(f"{where}: one URL to write to; got the chain {url}; leave out what stands before or after ::")
-        self.where, self.url, self.local, self.whole, self.keep_last = where, url.rstrip("/"), local, whole, keep_last
+        self.where, self.url, self.local, self.whole = where, url.rstrip("/"), local, whole
+        self.keep_last, self.keep_every = keep_last, keep_every
         self.within: list[Path] = []
         """Local paths below this one that other mirrors send."""
         self._book = local.parent / f".{local.name}.sent.json"
@@ -132,7 +134,8 @@ class Mirror:
             return
         found = remote.whole_steps(_listing(system, f"{path}/{CHECKPOINTS}"), "")
         for step in sorted(found)[: -self.keep_last]:
-            if not (self.local / CHECKPOINTS / found[step]).exists():
+            is_kept = self.keep_every and step % self.keep_every == 0
+            if not is_kept and not (self.local / CHECKPOINTS / found[step]).exists():
                 _remove_step(system, f"{path}/{CHECKPOINTS}/{found[step]}")
 
     def _fetch_newest(self, system: Any, there: dict[str, tuple[str, Any]]) -> None:

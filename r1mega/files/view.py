@@ -135,7 +135,7 @@ class View:
         local = self._folders[outer] / url.removeprefix(f"{outer}/") if outer else working_path(url)
         if where == "out":
             self._folders[url] = local
-        self.mirrors.append(Mirror(where, url, local, whole=where != "out", keep_last=_keep_last(self.given)))
+        self.mirrors.append(Mirror(where, url, local, whole=where != "out", **_kept(self.given)))
         self._copies[f"out {url}"] = (str(local), str(local))
         self._names.insert(0, (str(local), url))  # before the folder that it lies in
         return str(local)
@@ -181,9 +181,13 @@ def _texts(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _keep_last(config: Any) -> int | None:
+def _kept(config: Any) -> dict[str, Any]:
+    """Which checkpoints a run keeps, in steps: an rl run counts rollouts."""
     sections = [getattr(config, name, None) for name in ("trainer", "rl")]
-    return next((section.keep_last for section in sections if hasattr(section, "keep_last")), None)
+    section = next((section for section in sections if hasattr(section, "keep_last")), None)
+    if section is None:
+        return {}
+    return {"keep_last": section.keep_last, "keep_every": section.keep_every * getattr(section, "updates_per_rollout", 1)}
 
 
 def _is_first() -> bool:

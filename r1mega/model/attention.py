@@ -75,7 +75,7 @@ class CoreAttention(MegatronModule):
             return exchanged(query, key, value, attention_mask, self.part, self.softmax_scale).flatten(2)
         value_dim = value.shape[-1]
         if value.device.type == "cpu":  # torch's fused kernel for the CPU wants one width; without it the scores are materialised
-            value = F.pad(value, (0, query.shape[-1] - value_dim))
+            value = F.pad(value, (0, max(0, query.shape[-1] - value_dim)))
         out_BHSv = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),

@@ -239,6 +239,7 @@ def _build_stage(model: ModelConfig, config, groups, dispatcher, stage: StagePla
     split_weight_gradients(built)
     if stage.head and model.tie_embeddings and stage.mtp and not stage.embedding:
         built.output_layer.weight = None  # the copy of the embedding serves head and MTP alike; Megatron makes one more
+    built.vocab_padding = model.vocab_padding  # columns that r1mega.model.forward.logits drops
     return built
 
 

@@ -69,15 +69,25 @@ def token_losses(model: torch.nn.Module, batch: TokenTensors) -> torch.Tensor:
 def logits(model: torch.nn.Module, tokens_BS: torch.Tensor, part: ContextPart = ALONE) -> torch.Tensor:
     """Logits of the main head, float32 ``[B, S, V]``; each row one causal sequence, padded on the right.
 
-    With several context ranks ``tokens_BS`` and the logits are those of this rank's parts. A stage without the head gives its
-    hidden states.
+    V is without the rows of ``vocab_padding``, which are no tokens; of several tensor ranks each has its own part of V. With
+    several context ranks ``tokens_BS`` and the logits are those of this rank's parts. A stage without the head gives its hidden
+    states.
     """
     inner = model
     while not hasattr(inner, "decoder"):  # wrappers: DDP's, and a rank's stages
         inner = inner.module if hasattr(inner, "module") else inner.stages[0]
     with without_mtp(inner):
         output = model(tokens_BS, _positions(tokens_BS, part), None)
-    return output.float() if inner.post_process else output
+    return output[..., : _num_tokens(inner, output.shape[-1])].float() if inner.post_process else output
+
+
+def _num_tokens(stage: torch.nn.Module, width: int) -> int:
+    """Of the head's ``width`` columns on this tensor rank, those that are tokens: padding is at the end of the last ranks'."""
+    padding = getattr(stage, "vocab_padding", 0)
+    if not padding:
+        return width
+    behind = width * (stage.pg_collection.tp.size() - 1 - stage.pg_collection.tp.rank())
+    return width - min(width, max(0, padding - behind))
 
 
 def _positions(tokens_BS: torch.Tensor, part: ContextPart) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 from r1mega.config.data import StageConfig
 from r1mega.config.errors import UserError, nearest
 
-STAGE_COMMANDS = ("prepare", "pretrain", "sft", "rl", "eval", "export", "report")
+STAGE_COMMANDS = ("prepare", "pretrain", "sft", "rl", "eval", "export", "convert", "report")
 """Commands that a stage may run; a recipe in a recipe or a chat has no result to keep."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")

@@ -24,8 +24,8 @@ from r1mega.recipe.graph import Stage, fill, plan, read_stages, stage_folder
 from r1mega.recipe.keys import normalise, outside_inputs, plain, stage_key
 from r1mega.recipe.summary import machine, summary_rows, table
 
-SINGLE_RANK_COMMANDS = frozenset({"prepare", "report"})
-"""Commands without a model: they run on rank 0 while the others wait."""
+SINGLE_RANK_COMMANDS = frozenset({"prepare", "export", "convert", "report"})
+"""Commands on files alone: they run on rank 0 while the others wait."""
 
 Composer = Callable[[str, list[str]], Any]
 Runner = Callable[[str, Any], Any]
@@ -81,6 +81,9 @@ def _crew(cfg: RecipeConfig) -> Crew:
     """The ranks of this run; a single process stays without torch."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Crew()
+    from r1mega.compat import megatron_jit
+
+    megatron_jit.apply()
     from r1mega.device import open_device
     from r1mega.mesh import open_mesh
 

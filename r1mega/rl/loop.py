@@ -37,10 +37,12 @@ from r1mega.rl.setup import (
 from r1mega.train import checkpoint, stop
 from r1mega.train.checkpoint import TrainState
 from r1mega.train.health import Health
+from r1mega.train.lineage import Lineage
 from r1mega.train.manifest import check_same_command
 from r1mega.train.memory import Watch, watched
 from r1mega.train.metrics import Metrics
 from r1mega.train.profile import Profile
+from r1mega.train.saving import run_saver
 from r1mega.train.schedule import learning_rate
 from r1mega.train.trainee import StepResult
 
@@ -56,9 +58,10 @@ def rl(config: RlConfig) -> dict[str, Any]:
         watched(mesh, Path(config.out), way_out) as watch,
     ):
         loop = RlLoop(config, mesh, init, rewards, watch)
-        while loop.state.extra["rollouts"] < config.rl.rollouts:
-            loop.rollout()
-        return loop.finish()
+        with loop.saver:
+            while loop.state.extra["rollouts"] < config.rl.rollouts:
+                loop.rollout()
+            return loop.finish()
 
 
 class RlLoop:
@@ -72,7 +75,10 @@ class RlLoop:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             checkpoint.clear(self.checkpoints)
         mesh.barrier()
-        self.tokenizer, self.parent = open_tokenizer(init), checkpoint.digest(init)
+        self.tokenizer = open_tokenizer(init)
+        self.saver = run_saver(
+            config, self.sizes, mesh, Lineage.begin("rl", config.name, init), str(self.tokenizer.path), self._tell
+        )
         self.policy = open_policy(config, init, mesh, config.optim, config.model)
         if watch is not None:
             watch.trainee = self.policy.trainee
@@ -90,6 +96,7 @@ class RlLoop:
         if held is not None:
             check_same_command("rl", held)
             self.state = self.policy.load(held, weights_only=False, verified=True)
+            self.saver.go_on(held)
             self.prompts.load_state_dict(self.state.cursor)
             self.health.load_state_dict(self.state.extra.get("health", {}))
         self.advantages, self.loss = config.advantage.build(), config.policy_loss.build()
@@ -109,6 +116,7 @@ class RlLoop:
         judged = self.judge(rows, problems)
         self.score(rows)
         results = self.train(rows)
+        self.saver.poll()
         troubles = [result.trouble for result in results if result.trouble]
         if troubles and self.rolled_back(troubles):
             return
@@ -116,12 +124,25 @@ class RlLoop:
         self.state.extra["rollouts"] += 1
         self.state.extra["seconds"] += time.perf_counter() - began
         self.state.tokens += sum(self.mesh.gather_objects(sum(row.size for row in rows)))
+        asked = stop.asked(self.mesh)
+        self.save(asked)
         self.log(rows, judged, results)
-        self.save()
+        self.saver.settle()  # no earlier than the lines up to it, which a run that goes on from it keeps
+        self.profile.step()
+        if asked:
+            self.finish()
+            raise Stopped(
+                f"stopped: SIGTERM came, rollout {self.state.extra['rollouts']} of {self.sizes.rollouts} is saved; "
+                "the same command goes on from there"
+            )
+
+    def _tell(self, kind: str, step: int, reason: str) -> None:
+        self.metrics.event(kind, step, reason)
 
     def rolled_back(self, troubles: list[str]) -> bool:
         """Log updates that were not applied and, where the run shall and can, go back; the prompts stay moved on."""
         number, wanted = self.state.extra["rollouts"] + 1, self.sizes.on_spike
+        self.saver.wait()  # the run ends or goes back now, perhaps to what is being saved
         if wanted == "stop":
             raise UserError(
                 f"training: sound updates with rl.on_spike=stop; got {troubles[0]} in rollout {number}; lower optim.lr, or use "
@@ -136,6 +157,7 @@ class RlLoop:
         if state is None:
             return False
         self.state = state
+        self.saver.go_on(held)
         self.metrics.rewind(state.extra["rollouts"])
         self.forget_failures()
         self.push()
@@ -267,32 +289,20 @@ class RlLoop:
         seconds = {f"seconds_{name}": value for name, value in self.seconds.items()}
         peak = self.mesh.device.peak_bytes() / 2**30
         place = {"update": self.state.step, "rollout": number, "lr": rate, "tokens": self.state.tokens, "peak_gib": peak}
-        self.metrics.log({**place, **line, **seconds, "expert_load": mean_load(results)})
+        self.metrics.log({**place, **line, **seconds, "expert_load": mean_load(results), **self.saver.metrics()})
 
-    def save(self) -> None:
-        """A checkpoint where it is due, and where SIGTERM came, after which the run ends. Raises Stopped then."""
+    def save(self, asked: bool) -> None:
+        """Begin a checkpoint where it is due, and where SIGTERM came (``asked``)."""
         number, every = self.state.extra["rollouts"], self.sizes.save_every
-        last, asked = number == self.sizes.rollouts, stop.asked(self.mesh)
+        last = number == self.sizes.rollouts
         if last or asked or (every and number % every == 0):
-            self.state.extra["health"] = self.health.state_dict()
+            self.state.extra |= {"health": self.health.state_dict(), "save_stall_seconds": self.saver.stall_seconds}
             self.state.cursor = self.prompts.state_dict()
-            self.policy.save(
-                self.state,
-                self.checkpoints,
-                keep_last=self.sizes.keep_last,
-                tokenizer=str(self.tokenizer.path),
-                parent=self.parent,
-                command="rl",
-            )
-        self.profile.step()
-        if asked:
-            self.finish()
-            raise Stopped(
-                f"stopped: SIGTERM came, rollout {number} of {self.sizes.rollouts} is saved; the same command goes on from there"
-            )
+            self.policy.save(self.saver, self.state)
 
     def finish(self) -> dict[str, Any]:
-        """Close and say where the result lies."""
+        """Close and say where the result lies; what is under way is waited for."""
+        self.saver.wait(exports=self.state.extra["rollouts"] == self.sizes.rollouts)
         self.profile.close()
         self.metrics.close()
         return {
@@ -301,6 +311,7 @@ class RlLoop:
             "updates": self.state.step,
             "tokens": self.state.tokens,
             "seconds": self.state.extra["seconds"],
+            "save_stall_seconds": self.saver.stall_seconds,
         }
 
     @contextmanager

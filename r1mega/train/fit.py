@@ -33,11 +33,13 @@ from r1mega.train import checkpoint, stop
 from r1mega.train.checkpoint import TrainState
 from r1mega.train.experts import Placements
 from r1mega.train.health import Health
+from r1mega.train.lineage import Lineage
 from r1mega.train.manifest import check_same_command
 from r1mega.train.memory import watched
 from r1mega.train.metrics import Metrics
 from r1mega.train.pipeline.timeline import write_events
 from r1mega.train.profile import Profile
+from r1mega.train.saving import run_saver
 from r1mega.train.schedule import batch_size, learning_rate
 from r1mega.train.trainee import LossSum, StepResult, Trainee
 
@@ -93,9 +95,10 @@ def fit(config: PretrainConfig | SftConfig, model: ModelConfig, open_source: Cal
         pipeline = config.pipeline.build(config.parallel.pipeline)
         watch.trainee = trainee = Trainee(model, config.optim, mesh, config.precision.dtype, pipeline, config.dispatcher)
         run = _Run(config, model, mesh, source, trainee)
-        run.start()
-        run.loop()
-        return run.finish()
+        with run.saver:
+            run.start()
+            run.loop()
+            return run.finish()
 
 
 class _Run:
@@ -113,7 +116,9 @@ class _Run:
         self.placements = Placements(config, trainee)
         self.health = Health(self.trainer.spike_sigma, self.trainer.spike_window, self.trainer.spike_limit)
         self.profile = Profile(self.folder, mesh, active=config.profile, skip=min(2, self.trainer.steps - 1), count=3)
-        self.parent = checkpoint.digest(source.init) if source.init else None
+        self.saver = run_saver(
+            config, self.trainer, mesh, Lineage.begin(self.command, config.name, source.init), source.tokenizer, self._tell
+        )
         self.valid_loss: float | None = None
         self.seconds = 0.0
 
@@ -127,6 +132,7 @@ class _Run:
         if held is not None:
             check_same_command(self.command, held)
             self._take(held)
+            self.saver.go_on(held)
             self.source.loader.load_state_dict(self.state.cursor)
             self.health.load_state_dict(self.state.extra.get("health", {}))
         elif self.source.init is not None:
@@ -142,6 +148,9 @@ class _Run:
         self.state = checkpoint.load(self.trainee, held, verified=True)
         self.valid_loss, self.seconds = self.state.extra["valid_loss"], self.state.extra["seconds"]
 
+    def _tell(self, kind: str, step: int, reason: str) -> None:
+        self.metrics.event(kind, step, reason)
+
     def loop(self) -> None:
         """Steps up to ``trainer.steps``."""
         trainer, optim = self.trainer, self.config.optim
@@ -155,6 +164,7 @@ class _Run:
             with self._recorded():
                 result = self.trainee.step(parts, token_losses, masked_sum, rate, self.health.judge)
             self.mesh.device.synchronize()
+            self.saver.poll()
             self.state.step += 1
             self.state.tokens += size * self.config.data.sequence_length
             if result.trouble and self._rolled_back(result.trouble):
@@ -181,6 +191,7 @@ class _Run:
     def _rolled_back(self, trouble: str) -> bool:
         """Log a step that was not applied and, where the run shall and can, go back to a checkpoint; the data stays moved on."""
         step, wanted = self.state.step, self.trainer.on_spike
+        self.saver.wait()  # the run ends or goes back now, perhaps to what is being saved
         if wanted == "stop":
             raise UserError(
                 f"training: sound losses with trainer.on_spike=stop; got {trouble} at step {step}; lower optim.lr, or use "
@@ -192,6 +203,7 @@ class _Run:
         if held is None:
             return False
         self._take(held)
+        self.saver.go_on(held)
         self.health.load_state_dict(self.state.extra["health"], keep_troubles=True)
         self.metrics.rewind(self.state.step)
         return True
@@ -206,15 +218,17 @@ class _Run:
             self.valid_loss = self._validate()
         saves = trainer.save_every and step % trainer.save_every == 0
         considered = self.placements.consider(step // trainer.save_every) if saves and not last else None
+        asked = stop.asked(self.mesh)
+        path = self._save() if last or saves or asked else None
         if last or validate or considered or step % trainer.log_every == 0 or step == 1:
             line = self._line(result, rate, size, seconds, validate)
-            self.metrics.log(line | (considered.metrics() if considered else {}))
-        asked = stop.asked(self.mesh)
-        if last or saves or asked:
-            path = self._save()
-            if considered and considered.moves and not asked:
-                self.placements.put()
-                checkpoint.load(self.trainee, path, verified=True)
+            self.metrics.log(line | (considered.metrics() if considered else {}) | self.saver.metrics())
+        # a checkpoint stands no earlier than the lines up to its step, which a run that goes on from it keeps
+        self.saver.settle()
+        if considered and considered.moves and not asked:
+            self.saver.wait()
+            self.placements.put()
+            checkpoint.load(self.trainee, path, verified=True)
         self.profile.step()
         if asked:
             self.finish()
@@ -268,19 +282,13 @@ class _Run:
             "seconds": self.seconds,
             "health": self.health.state_dict(),
             "placements": self.placements.state_dict(),
+            "save_stall_seconds": self.saver.stall_seconds,
         }
-        return checkpoint.save(
-            self.trainee,
-            self.state,
-            self.checkpoints,
-            keep_last=self.trainer.keep_last,
-            tokenizer=self.source.tokenizer,
-            parent=self.parent,
-            command=self.command,
-        )
+        return self.saver.begin(self.trainee, self.state)
 
     def finish(self) -> dict[str, Any]:
-        """Close trace and metrics and say where the result lies."""
+        """Close trace and metrics and say where the result lies; what is under way is waited for."""
+        self.saver.wait(exports=self.state.step == self.trainer.steps)
         self.profile.close()
         self.metrics.close()
         final = checkpoint.latest(self.checkpoints)
@@ -292,6 +300,7 @@ class _Run:
             "tokens": self.state.tokens,
             "seconds": self.seconds,
             "valid_loss": self.valid_loss,
+            "save_stall_seconds": self.saver.stall_seconds,
         }
 
 

@@ -3,9 +3,23 @@
     checkpoints/step-00000100/
       weights/         Megatron-Core's distributed checkpoint: parameters, expert biases, optimizer (layout-free)
       tokenizer/       a copy of the run's tokenizer, when it has one
-      state.json       step, position in the data, model config, command, parent
+      state.json       step, position in the data, model config, command, and where the checkpoint comes from
       rng.pt           the generators; reference.pt: RL's reference policy
       manifest.json    sha256 and size of every other file; written last
+
+Where it comes from, in ``state.json`` (paths are relative to the checkpoint's folder; digests are :func:`digest`'s):
+
+    command, name      whose checkpoint it is: pretrain, sft, rl, convert, and the run's name
+    parent             digest of the checkpoint before it: the run's last one, or what the run started from; null: fresh weights;
+                       of a converted one {"kind": "published", "path", "digest": of published_digest}
+    parent_path        where that lay
+    init               {"digest", "path"} of the checkpoint that the run started from, or null
+    lineage            what the run started from, what that run started from and so on, the oldest first, one entry a run:
+                       {"command", "name", "step", "tokens", "digest", "path", "saves": checkpoints before it in its run}; a
+                       published checkpoint has {"kind": "published", "command": "published", "name", "digest", "path"}
+    saves, num_saves   [step, digest] of the run's own checkpoints before this one, the newest few, and how many there were
+
+An export, a Hugging Face folder, has the same in its ``r1mega.json`` (:func:`r1mega.train.lineage.exported`).
 
 The folder gets its name when all is in it: one without a manifest is damaged. Names that start with a dot are on their way in or
 out; ``damaged-step-*`` is what a run found spoilt and passed over.
@@ -16,9 +30,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Container, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from r1mega.config.errors import UserError, nearest
 from r1mega.config.model import ModelConfig, YarnConfig
@@ -31,6 +46,12 @@ def finished(folder: str | Path) -> list[Path]:
     """The finished checkpoints in a run's ``checkpoints`` folder, whole or damaged, the oldest first."""
     found = [path for path in Path(folder).glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def surplus(folder: str | Path, keep_last: int, keep_every: int = 0) -> list[Path]:
+    """Finished checkpoints that may go: neither of the newest ``keep_last`` nor of a step that ``keep_every`` (0: none) divides."""
+    old = finished(folder)[:-keep_last]
+    return [path for path in old if not keep_every or int(path.name.removeprefix("step-")) % keep_every]
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -97,6 +118,37 @@ def digest(path: str | Path) -> str:
     return hashlib.sha256((resolve(path) / MANIFEST).read_bytes()).hexdigest()
 
 
+def published_digest(folder: str | Path) -> str:
+    """Identity of a published checkpoint: :func:`tensors_digest` of all tensors in its safetensors files. Reads all of them."""
+    found = []
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+                for name, about in sorted(header.items(), key=lambda item: item[1].get("data_offsets", [0])):
+                    if name != "__metadata__":
+                        start, stop = about["data_offsets"]
+                        file.seek(8 + length + start)
+                        found.append((name, about["dtype"], about["shape"], _sha256_of(file, stop - start)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise UserError(
+                f"checkpoint {folder}: {path.name} is a safetensors file; got {type(error).__name__}; copy it again"
+            ) from error
+    if not found:
+        raise UserError(f"checkpoint {folder}: a published one has *.safetensors files; got none; check the path")
+    return tensors_digest(found)
+
+
+def tensors_digest(tensors: Iterable[tuple[str, str, Iterable[int], str]]) -> str:
+    """sha256 over a line ``name dtype [shape] sha256`` for each tensor, sorted by name, whatever the split into files.
+
+    ``dtype``: as safetensors writes it (BF16, F8_E4M3); ``sha256``: of the tensor's bytes in its file.
+    """
+    lines = sorted(f"{name} {dtype} {list(shape)} {sha256}\n" for name, dtype, shape, sha256 in tensors)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def verify(path: Path) -> None:
     """Check every file of a checkpoint against its manifest. Raises UserError that names the first damaged or missing file."""
     fault = fault_of(path)
@@ -135,15 +187,17 @@ def _older(path: Path) -> str:
     return "use an older checkpoint"
 
 
-def hashes(folder: Path, part: int = 0, parts: int = 1) -> dict[str, dict[str, Any]]:
-    """Flush every ``parts``-th file below ``folder`` from ``part`` on to disk; name to size and sha256."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {}
-    for path in paths[part::parts]:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    return entries
+def hashes(folder: Path, known: Container[str] = ()) -> dict[str, dict[str, Any]]:
+    """Flush every file below ``folder`` to disk but the ``known`` ones; name to size and sha256."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: entry(path) for name, path in sorted(paths.items()) if name not in known}
+
+
+def entry(path: Path) -> dict[str, Any]:
+    """Flush a file to disk; its line of a manifest."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def write(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
@@ -189,6 +243,18 @@ def tokenizer_of(init: Path) -> str:
     if not folder.is_dir():
         raise UserError(f"checkpoint {init}: it holds the tokenizer it was trained with; got none; pretrain with tokenizer=DIR")
     return str(folder)
+
+
+def _sha256_of(file: BinaryIO, size: int) -> str:
+    """Of the next ``size`` bytes. Raises ValueError where the file is shorter."""
+    digest = hashlib.sha256()
+    while size:
+        block = file.read(min(size, 1 << 22))
+        if not block:
+            raise ValueError("the file is shorter than its header says")
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -16,11 +16,12 @@ import torch
 from r1mega.config.model import ModelConfig
 from r1mega.config.train import OptimConfig
 from r1mega.mesh import Mesh
-from r1mega.model import names
+from r1mega.model import names, published
 from r1mega.model.context import ContextPart
 from r1mega.model.forward import logits
 from r1mega.train import checkpoint
 from r1mega.train.checkpoint import TrainState
+from r1mega.train.saving import Saver
 from r1mega.train.trainee import Judge, StepResult, Trainee
 
 
@@ -85,7 +86,7 @@ class Policy:
     def published_config(self, *, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> dict[str, Any]:
         """``config.json`` of the published format."""
         dtype = str(self.torch_dtype).removeprefix("torch.")
-        return names.hf_config(self.model_config, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, dtype=dtype)
+        return published.published_config(self.model_config, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id, dtype=dtype)
 
     def copy_to_reference(self) -> None:
         """Make the policy as it is now the reference."""
@@ -113,16 +114,7 @@ class Policy:
             self._reference = torch.load(held, weights_only=True, map_location=self.mesh.device.torch_device)
         return state
 
-    def save(self, state: TrainState, folder: Path, *, keep_last: int, tokenizer: str, parent: str | None, command: str) -> Path:
-        """Write a checkpoint with the reference beside the weights."""
+    def save(self, saver: Saver, state: TrainState) -> Path:
+        """Begin a checkpoint with the reference beside the weights; see :meth:`r1mega.train.saving.Saver.begin`."""
         extra = {"reference.pt": self._reference} if self._reference is not None else {}
-        return checkpoint.save(
-            self.trainee,
-            state,
-            folder,
-            keep_last=keep_last,
-            tokenizer=tokenizer,
-            parent=parent,
-            command=command,
-            extra_tensors=extra,
-        )
+        return saver.begin(self.trainee, state, extra)

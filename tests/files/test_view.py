@@ -188,7 +188,7 @@ def test_a_run_goes_on_on_another_machine_bit_for_bit(tmp_path: Path, monkeypatc
     from tests.train.cases import lines, pretrain_config, stored, write_data
 
     data = write_data(tmp_path / "data")
-    whole = pretrain_config(data, tmp_path / "straight", 4, save_every=2)
+    whole = pretrain_config(data, tmp_path / "straight", 4, save_every=2, async_save=False)
     whole.data.valid = None
     api.pretrain(whole)
     url = f"file://{tmp_path}/remote/run"

@@ -41,7 +41,7 @@ SIZES = RolloutConfig(
     ref_refresh_updates=3,
     save_every=1,
 )
-TIMED = ("seconds_rollout", "seconds_reward", "seconds_score", "seconds_train", "seconds_push", "peak_gib")
+TIMED = ("seconds_rollout", "seconds_reward", "seconds_score", "seconds_train", "seconds_push", "peak_gib", "save_stall_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_two_rollouts(place: Path, straight) -> None:
     moved = [name for name in seed if not name.startswith("optimizer.") and not torch.equal(seed[name], after[name])]
     assert "output_layer.weight" in moved and any("experts" in name for name in moved)
     state = checkpoint.read_state(latest(place / "straight/checkpoints"))
-    assert state["parent"] == checkpoint.digest(place / "seed") and state["cursor"]["consumed"] == 4
+    assert state["init"]["digest"] == checkpoint.digest(place / "seed") and state["cursor"]["consumed"] == 4
 
 
 def test_a_run_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(place: Path, straight, digits, tmp_path, monkeypatch) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from r1mega.compat import megatron_writer
 from r1mega.config.errors import UserError
 from r1mega.train import checkpoint
 from r1mega.train.checkpoint import TrainState
@@ -217,11 +218,11 @@ def test_a_file_system_that_refuses_leaves_the_last_checkpoint(train_data: Path,
 def test_a_defect_while_saving_is_not_called_a_full_disk(train_data: Path, tmp_path: Path, monkeypatch) -> None:
     for error, says in ((KeyError("ours"), "ours"), (torch.OutOfMemoryError("no memory"), "^memory: a step fits; got no memory")):
 
-        def fail(trainee, folder, error=error):
+        def fail(plan, at_each, error=error):
             raise error
 
         with monkeypatch.context() as patch, pytest.raises((KeyError, UserError), match=says):
-            patch.setattr(checkpoint, "_save_tensors", fail)
+            patch.setattr(megatron_writer.Plan, "write", fail)
             pretrain(pretrain_config(train_data, tmp_path / "run", 1))
 
 

@@ -20,7 +20,7 @@ from r1mega.train.sft import sft, tuned_model
 from r1mega.train.trainee import Trainee
 from tests.train.cases import LENGTH, MODEL, OPTIM, lines, one_rank, pretrain_config, sft_config, stored
 
-TIMED = {"tokens_per_second", "mfu", "step_seconds", "peak_gib"}
+TIMED = {"tokens_per_second", "mfu", "step_seconds", "peak_gib", "save_stall_seconds"}
 
 
 def sound(loss: float, grad_norm: float) -> str:

@@ -34,8 +34,8 @@ def destinations(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         elif kind == "down_proj":
             for expert in range(tensor.shape[0]):
                 places[f"{prefix}.{expert}.down_proj.weight"] = tensor[expert]
-        else:
-            places[name] = tensor
+        elif kind != "e_score_correction_bias" or getattr(model.config, "topk_method", None) != "greedy":
+            places[name] = tensor  # a model without the bias keeps transformers' zeros
     if model.config.tie_word_embeddings:
         places.pop("lm_head.weight", None)
     return places
