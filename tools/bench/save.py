@@ -4,7 +4,8 @@
 
 Side by side in one process on one disk, in another order each round. Prints a table and then one JSON object: the share of the time
 between saves that the training thread stood still (``save_stall_seconds`` over it), of the first save alone (host memory is
-taken then) and of the later ones, and the step's time beside a write and without. ``out=DIR`` chooses the disk.
+taken then) and of the later ones, and the step's time beside a write and without. ``out=DIR`` chooses the disk, ``modes=async``
+one of the three runs.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from r1mega.data.tokenfile import TokenFileWriter
 
 DEFAULTS = {
     "device": "cpu", "model": "tiny", "steps": 12, "save_every": 4, "batch": 8, "micro": 4, "length": 128, "rounds": 2, "out": "",
+    "modes": "none,async,sync",
 }  # fmt: skip
-MODES = ("none", "async", "sync")
 
 
 def tokens(folder: Path, length: int) -> Path:
@@ -85,15 +86,16 @@ def main(arguments: list[str]) -> None:
             sys.exit(f"save.py: one of {', '.join(sizes)}; got {key}; write key=value")
         sizes[key] = type(sizes[key])(value)
     with tempfile.TemporaryDirectory(dir=sizes["out"] or None, prefix="bench-save-") as place:
-        folder, found = Path(place), {mode: [] for mode in MODES}
+        modes = sizes["modes"].split(",")
+        folder, found = Path(place), {mode: [] for mode in modes}
         text, order = tokens(folder, sizes["length"]), random.Random(1)
         for _ in range(sizes["rounds"]):
-            for mode in order.sample(MODES, len(MODES)):
+            for mode in order.sample(modes, len(modes)):
                 found[mode].append(run(sizes, folder, text, mode))
-    names = list(found["none"][0])
+    names = list(found[modes[0]][0])
     medians = {mode: {name: statistics.median(one[name] for one in runs) for name in names} for mode, runs in found.items()}
     print("  ".join(["mode ", *names]))
-    for mode in MODES:
+    for mode in modes:
         print("  ".join([f"{mode:<5}", *(f"{medians[mode][name]:>{len(name)}.4f}" for name in names)]))
     print(json.dumps({"sizes": sizes, "median": medians, "runs": found}))
 
