@@ -62,7 +62,6 @@ MORE: dict[int, list[Case]] = {
         Case("pp2_without_mtp", {"pipeline": 2}, model=NO_MTP),
         Case("etp2", {"expert_tensor": 2}),
         Case("cp2_without_query_rank", {"context": 2}, model={"q_lora_rank": None}),
-        Case("pp2_two_mtp", {"pipeline": 2}, model={"num_mtp_layers": 2}),
     ],
     4: [
         Case("pp4_zb1p", {"pipeline": 4}, pipeline=schedule("zb1p")),
