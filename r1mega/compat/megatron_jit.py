@@ -11,19 +11,45 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 import torch
 
+CORE = "megatron.core"
+
 
 def apply() -> None:
-    """Import Megatron-Core; nothing where it is there already, or where there is an accelerator to compile for."""
-    if "megatron.core" in sys.modules or torch.accelerator.is_available():
-        return
-    with _plain_compile():
-        from megatron.core import jit
-    jit.disable_jit_fuser()
+    """When Megatron-Core is imported, it comes without the compiler.
+
+    Nothing where it is there already, or where there is an accelerator to compile for.
+    """
+    waits = any(isinstance(finder, _Finder) for finder in sys.meta_path)
+    if not (waits or CORE in sys.modules or torch.accelerator.is_available()):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder:
+    """Finds ``megatron.core`` where it is, once, and surrounds the running of its body."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != CORE:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_plain(module: types.ModuleType) -> None:
+                with _plain_compile():
+                    run(module)
+                    from megatron.core import jit
+                jit.disable_jit_fuser()
+
+            spec.loader.exec_module = run_plain
+        return spec
 
 
 @contextlib.contextmanager

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 SAYS = "import sys, torch; real = torch.compile; {}import r1mega.train.trainee; print('torch._dynamo' in sys.modules, torch.compile is real)"
-APPLIED = "from r1mega.compat import megatron_jit; megatron_jit.apply(); megatron_jit.apply(); "
+APPLIED = (
+    "from r1mega.compat import megatron_jit; megatron_jit.apply(); megatron_jit.apply(); assert 'megatron' not in sys.modules; "
+)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is something to compile for")
