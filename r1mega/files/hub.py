@@ -67,13 +67,13 @@ def parse(text: str, where: str) -> HubName:
 def fetch(text: str, where: str, kind: str) -> tuple[Path, Path]:
     """A local copy of what an ``hf:`` name stands for: (its path, the root that stands for the name in errors).
 
-    kind: ``data`` (a file of records, or a folder with a split's files), ``tokenizer`` or ``checkpoint`` (a folder). UserError for
-    everything else.
+    kind: ``data`` (a file of records, or a folder with a split's files), ``tokenizer``, ``checkpoint`` or ``model`` (a folder: a
+    checkpoint, or a published model with its safetensors). UserError for everything else.
     """
     name = parse(text, where)
     if kind == "data":
         return _data(name, where)
-    if kind not in ("tokenizer", "checkpoint"):
+    if kind not in ("tokenizer", "checkpoint", "model"):
         way = f"use a path, or a URL such as hf://datasets/{name.repo}/FILE"
         raise UserError(f"{where}: hf: names data sets, tokenizers and models to read; got {text}; {way}")
     if name.part:
@@ -83,6 +83,9 @@ def fetch(text: str, where: str, kind: str) -> tuple[Path, Path]:
         if "tokenizer.json" not in names:
             raise UserError(f"{where}: a model with tokenizer.json; got {text} without it; use another model's, or train one")
         folder = _snapshot(name, "model", [file for file in TOKENIZER_FILES if file in names], where)
+        return folder, folder
+    if kind == "model" and "config.json" in names:
+        folder = _snapshot(name, "model", [file for file in names if remote.is_of_model(file)], where)
         return folder, folder
     within = remote.checkpoint_in(names, where, text)
     wanted = [file for file in names if not within or file.startswith(f"{within}/")]

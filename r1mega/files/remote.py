@@ -100,7 +100,8 @@ def fetch(url: str, where: str, kind: str = "data") -> tuple[Path, Path]:
     """A local copy of what ``url`` names: (its path, the copy's root, which stands for the URL in errors).
 
     kind: ``tokens`` is a token file's parts NAME.*; ``data`` a file, a folder with all below it, or a token file; ``checkpoint`` a
-    checkpoint's folder or the newest one of a run; ``run`` what a report reads of a run. Raises UserError for what is not there or
+    checkpoint's folder or the newest one of a run; ``model`` that, or a published model's folder without weights in other formats;
+    ``run`` what a report reads of a run. Raises UserError for what is not there or
     cannot be reached.
     """
     system, path = filesystem(url, where)
@@ -119,7 +120,9 @@ def fetch(url: str, where: str, kind: str = "data") -> tuple[Path, Path]:
             root = copied(url, system, {f"{name}{rest}": entry for rest, entry in parts.items()}) / name
             return root, root
         within = ""
-        if kind == "checkpoint":
+        if kind == "model" and "config.json" in found:
+            found = {rel: entry for rel, entry in found.items() if is_of_model(rel)}
+        elif kind in ("checkpoint", "model"):
             within = checkpoint_in(found, where, url)
             found = {rel: entry for rel, entry in found.items() if not within or rel.startswith(f"{within}/")}
         elif kind == "run":
@@ -162,10 +165,15 @@ def checkpoint_in(names: Sequence[str] | Mapping[str, Any], where: str, url: str
         return steps[max(steps)]
     if "config.json" in names:
         raise UserError(
-            f"{where}: a checkpoint that r1mega wrote; got the Hugging Face model {url}, which it cannot convert yet; "
-            f"give {where}=FOLDER of a run"
+            f"{where}: a checkpoint that r1mega wrote; got the Hugging Face model {url}; "
+            f"run r1mega convert source={url} target=FOLDER, and give {where}=FOLDER"
         )
     raise UserError(f"{where}: a folder with {MANIFEST}, or a run's with checkpoints/; got neither in {url}; check the URL")
+
+
+def is_of_model(name: str) -> bool:
+    """True for what belongs to a published model: its safetensors and all that is no weight."""
+    return not name.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"))
 
 
 def whole_steps(names: Sequence[str] | Mapping[str, Any], base: str) -> dict[int, str]:

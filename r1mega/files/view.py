@@ -29,6 +29,7 @@ WRITTEN = ("out", "target", "keep")
 _KINDS = {
     "init": "checkpoint",
     "checkpoint": "checkpoint",
+    "source": "model",
     "tokenizer": "tokenizer",
     "tokenizer.path": "tokenizer",
     "run": "run",

@@ -201,11 +201,22 @@ def test_our_own_checkpoint_and_a_foreign_one(served) -> None:
     assert path == root and (path / "weights" / "w").is_file()
     served.put("model", "o/llm", config_dot_json="{}", model_dot_safetensors="x")
     asked = len(served.asked)
-    with pytest.raises(
-        UserError, match="init: a checkpoint that r1mega wrote; got the Hugging Face model hf:o/llm, which it cannot convert yet"
-    ):
+    way = "run r1mega convert source=hf:o/llm target=FOLDER, and give init=FOLDER"
+    with pytest.raises(UserError, match=f"init: a checkpoint that r1mega wrote; got the Hugging Face model hf:o/llm; {way}"):
         hub.fetch("hf:o/llm", "init", "checkpoint")
     assert len(served.asked) == asked, "refused before its weights are fetched"
+
+
+def test_a_model_to_convert(served) -> None:
+    """A published one without its weights in other formats, or a run's newest checkpoint."""
+    served.put(
+        "model", "o/llm", config_dot_json="{}", model_dot_safetensors="x", pytorch_model_dot_bin="y", tokenizer_dot_json="{}"
+    )
+    path, root = hub.fetch("hf:o/llm", "source", "model")
+    assert path == root and sorted(file.name for file in path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    served.put("model", "o/run", checkpoints__step_dash_5__manifest_dot_json="{}", checkpoints__step_dash_5__weights__w="w")
+    path, _ = hub.fetch("hf:o/run", "source", "model")
+    assert path.name == "step-5"
 
 
 def test_where_no_hub_name_fits() -> None:

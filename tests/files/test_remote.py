@@ -101,9 +101,14 @@ def test_of_a_run_the_newest_whole_checkpoint_alone(memory) -> None:
     assert [file.relative_to(run).as_posix() for file in run.rglob("*") if file.is_file()] == ["metrics.jsonl"]
     put(memory, h__config_dot_json="{}", h__model_dot_safetensors="x", e__notes_dot_txt="n")
     with pytest.raises(
-        UserError, match="init: a checkpoint that r1mega wrote; got the Hugging Face model memory://h, .*; give init=FOLDER"
+        UserError,
+        match="init: a checkpoint that r1mega wrote; got the Hugging Face model memory://h; run r1mega convert .*, and give init=FOLDER",
     ):
         remote.fetch("memory://h", "init", "checkpoint")
+    put(memory, h__pytorch_model_dot_bin="y")
+    model, _ = remote.fetch("memory://h", "source", "model")
+    assert sorted(file.name for file in model.iterdir()) == ["config.json", "model.safetensors"]
+    assert remote.fetch("memory://r", "source", "model")[0].name == "step-00000010"
     with pytest.raises(UserError, match="init: a folder with manifest.json, .*; got neither in memory://e; check the URL"):
         remote.fetch("memory://e", "init", "checkpoint")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from dataclasses import asdict
@@ -48,13 +47,11 @@ def ledger_of(place: Path) -> dict[str, Any]:
 
 
 def summary(place: Path) -> dict[str, int]:
-    """Numbers of a finished target: tensors, parameters (scales are none), bytes of its weights."""
+    """Numbers of a finished target: tensors, parameters (scales and repetitions are none), bytes of its weights."""
     target = ledger_of(place)["target"]
-    weights = {name: entry for name, entry in target["tensors"].items() if not name.endswith(SCALE)}
-    parameters = sum(math.prod(entry["shape"]) for entry in weights.values())
     return {
         "tensors": len(target["tensors"]),
-        "parameters": parameters,
+        "parameters": target["parameters"],
         "bytes": sum(file["bytes"] for file in target["files"].values()),
     }
 

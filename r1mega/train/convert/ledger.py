@@ -5,6 +5,7 @@ In: the journal of the files written. Out: a JSON object, or UserError naming wh
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from r1mega.config.errors import UserError
@@ -37,7 +38,12 @@ def account(source, target, journal: list[dict[str, Any]], *, allow_equal: bool)
     files = {entry["file"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in journal}
     return {
         "source": {"format": source.format, "path": str(source.path.resolve()), "digest": source.digest(), "tensors": read},
-        "target": {"format": target.format, "files": files, "tensors": written},
+        "target": {
+            "format": target.format,
+            "parameters": sum(math.prod(part.shape) for part in source.parts if not part.copy),
+            "files": files,
+            "tensors": written,
+        },
     }
 
 
