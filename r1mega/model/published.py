@@ -215,6 +215,8 @@ def block_scales(config: dict[str, Any], where: str) -> str | None:
 
 def _architecture(read: KeyReader) -> str:
     named = read.config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        read.refuse("architectures", "a list of names", named, "give a checkpoint's own config.json")
     # the type decides where there is no architecture: a config that transformers saved without a model
     name = named[0] if named else TYPES.get(read.config.get("model_type", ""))
     if name not in GATES:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from r1mega.config.convert import ConvertConfig
+from r1mega.config.convert import ConversionConfig, ConvertConfig
 from r1mega.config.errors import UserError
 from r1mega.config.rl import ExportConfig
 from r1mega.config.run import ParallelConfig
@@ -16,18 +17,11 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """Write ``config.target``; returns target, number of tensors and parameters. The folder appears whole or not at all."""
     if config.parallel != ParallelConfig():
         raise UserError("parallel: export reads files, whatever layout wrote them; got other degrees than 1; use 1")
-    return convert(
-        ConvertConfig(
-            source=config.checkpoint,
-            target=config.target,
-            format="hf",
-            dtype=config.dtype,
-            shard_bytes=config.shard_bytes,
-            convert=config.convert,
-        )
-    )
+    asked = ConvertConfig(source=config.checkpoint, target=config.target, format="hf", dtype=config.dtype, convert=config.convert)
+    return convert(replace(asked, shard_bytes=config.shard_bytes))
 
 
 def export_checkpoint(path: Path, target: Path, dtype: str) -> dict[str, Any]:
     """A run's checkpoint as one of its intermediate models; see :func:`export`."""
-    return convert(ConvertConfig(source=str(path), target=str(target), format="hf", dtype=dtype))
+    own = ConversionConfig(allow_equal=True)  # a model of ours is what it is
+    return convert(ConvertConfig(source=str(path), target=str(target), format="hf", dtype=dtype, convert=own), quiet=True)

@@ -126,6 +126,12 @@ def converted(source: Path, target: Path, name: str, digest: str) -> dict[str, A
     }
 
 
+def recoded(source: Path, target: Path, dtype: str, source_digest: str, digest: str) -> dict[str, Any]:
+    """``r1mega.json`` of a published checkpoint made of the published one in ``source``, in another dtype or other files."""
+    record = converted(source, target, target.name, source_digest)
+    return {**record, "step": None, "tokens": None, "dtype": dtype, "digest": digest, "parent_saves": []}
+
+
 # The command.
 
 

@@ -149,22 +149,30 @@ def tensors_digest(tensors: Iterable[tuple[str, str, Iterable[int], str]]) -> st
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def verify(path: Path) -> None:
-    """Check every file of a checkpoint against its manifest. Raises UserError that names the first damaged or missing file."""
-    fault = fault_of(path)
+def verify(path: Path, *, weights: bool = True) -> None:
+    """Check every file of a checkpoint against its manifest. Raises UserError that names the first damaged or missing file.
+
+    ``weights``: as of :func:`fault_of`.
+    """
+    fault = fault_of(path, weights=weights)
     if fault:
         raise UserError(f"checkpoint {path}: {fault}; {_older(path)}")
 
 
-def fault_of(path: Path, part: int = 0, parts: int = 1) -> str:
-    """``rule; got value`` of the first file that is not as the manifest has it, or "". Reads every ``parts``-th file."""
+def fault_of(path: Path, part: int = 0, parts: int = 1, *, weights: bool = True) -> str:
+    """``rule; got value`` of the first file that is not as the manifest has it, or "". Reads every ``parts``-th file.
+
+    ``weights``: those too, and not only what lies beside them.
+    """
     if not (path / MANIFEST).is_file():
         return f"a finished checkpoint has its {MANIFEST}; got none"
     try:
         files = _read(path / MANIFEST).get("files")
         if not isinstance(files, dict):
             return f"{MANIFEST} lists files; got none"
-        for name, entry in sorted(files.items())[part::parts]:
+        names = sorted(name for name in files if weights or not name.endswith(".distcp"))
+        for name in names[part::parts]:
+            entry = files[name]
             file = path / name
             if not file.is_file():
                 return f"every file of the manifest is there; {name} is missing"

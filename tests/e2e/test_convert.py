@@ -45,7 +45,7 @@ def test_a_killed_conversion_goes_on_by_the_same_command(tmp_path: Path) -> None
     command("-c", KILLED, "convert", *words, status=-9)
     assert not (tmp_path / "native").exists() and list(tmp_path.glob(".native.partial/weights/.*.part")), "in the middle of a file"
     said = command("tools/convert.py", *words, "convert.verify=true", "convert.probe_bytes=0").stdout
-    assert "wrote" in said and "verified" in said and not list(tmp_path.glob(".native*"))
+    assert "written in" in said and "verified" in said and not list(tmp_path.glob(".native*"))
     run(tmp_path / "native", tmp_path / "back")
     same(tensors, read(tmp_path / "back"))
 
@@ -111,3 +111,13 @@ def test_a_changed_ancestor_is_named(chain: Path, tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"step": 0', '"step": 1'))
     done = command("-m", "r1mega", "lineage", f"checkpoint={tmp_path / 'moved/final'}", status=2)
     assert "changed" in done.stdout and "native" in done.stderr
+
+
+def test_a_change_of_dtype_keeps_the_chain(chain: Path) -> None:
+    run(chain / "final", chain / "fp8", format="hf", dtype="fp8")
+    run(chain / "fp8", chain / "back")
+    for place in ("fp8", "back"):
+        said = json.loads(command("-m", "r1mega", "lineage", f"checkpoint={chain / place}", "json=true").stdout)["chain"]
+        kinds = [link["command"] for link in said]
+        assert "sft" in kinds and "pretrain" in kinds and kinds[-1] == "published", kinds
+        assert all(link["status"] == "verified" for link in said), said

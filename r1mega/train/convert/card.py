@@ -80,7 +80,7 @@ def _metrics(run: Path, state: dict[str, Any]) -> str:
     except (OSError, ValueError):
         return ""
     there = [line for line in lines if isinstance(line.get("step", line.get("rollout")), int)]
-    there = [line for line in there if line.get("step", 0) <= state["step"]]
+    there = [line for line in there if line.get("step", line.get("update", 0)) <= state["step"]]
     if not there:
         return ""
     found: dict[str, Any] = {}

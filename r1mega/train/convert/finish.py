@@ -22,7 +22,7 @@ from r1mega.train import lineage, manifest
 from r1mega.train.convert import card
 from r1mega.train.convert.native import Chunk, write_metadata
 from r1mega.train.convert.shards import write_index
-from r1mega.train.convert.sources import LEDGER, OWN, STATED, PublishedSource, read_json
+from r1mega.train.convert.sources import KEPT_DERIVED, LEDGER, OWN, SCALES, STATED, PublishedSource, read_json
 
 DTYPE = {name: dtype for dtype, name in STATED.items()}
 """Safetensors' dtypes to a config's."""
@@ -56,22 +56,46 @@ def summary(place: Path) -> dict[str, int]:
     }
 
 
+def mend(place: Path) -> None:
+    """End what a killed publication left between its renames."""
+    old = place.with_name(f".{place.name}.old")
+    if old.is_dir() and not place.exists():
+        old.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+    if identity_of(place) is not None:
+        shutil.rmtree(place / "journal", ignore_errors=True)
+
+
+def strangers(place: Path) -> list[str] | None:
+    """Files in a finished target that its conversion did not write; None where none wrote it."""
+    if identity_of(place) is None:
+        return None
+    known = set(ledger_of(place).get("files", ()))
+    here = (path.relative_to(place).as_posix() for path in place.rglob("*") if not path.is_dir())
+    return sorted(name for name in here if name not in known and not name.startswith("journal/"))
+
+
 def publish(source, target, ledger: dict[str, Any], journal: list[dict[str, Any]], aside: Path, place: Path) -> None:
-    """Write the rest into ``aside``, flush it, and let it appear as ``place``."""
+    """Write the rest into ``aside``, flush it, and let it appear as ``place``. The journal goes last: until then all can go on."""
     if target.format == "native":
         _native(source, target, ledger, journal, aside, place)
     else:
         _published(source, target, ledger, aside, place)
-    shutil.rmtree(aside / "journal")
+    for folder in (*(path for path in aside.rglob("*") if path.is_dir()), aside):
+        _sync(folder)
+    old = place.with_name(f".{place.name}.old")
     if place.exists():
-        old = place.with_name(f".{place.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         place.rename(old)
-        aside.rename(place)
-        shutil.rmtree(old)
-    else:
-        aside.rename(place)
+    aside.rename(place)
     _sync(place.parent)
+    shutil.rmtree(place / "journal")
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _files(aside: Path, *later: str) -> list[str]:
+    """All that a conversion has written so far, and what it writes ``later``."""
+    here = (path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file())
+    return sorted({*(name for name in here if not name.startswith("journal/")), *later})
 
 
 def _native(
@@ -86,20 +110,21 @@ def _native(
     _copy_small(source, own)
     scales = [name for name in source.tensor_names if name.endswith(SCALE)]
     if scales:
-        save_file({name: source.folder.read(name) for name in sorted(scales)}, own / "scales.safetensors", {"format": "pt"})
+        save_file({name: source.folder.read(name) for name in sorted(scales)}, own / SCALES, {"format": "pt"})
     if source.derived:
-        save_file({name: source.folder.read(name) for name in source.derived}, own / "derived.safetensors", {"format": "pt"})
+        save_file({name: source.folder.read(name) for name in source.derived}, own / KEPT_DERIVED, {"format": "pt"})
     if (source.path / "tokenizer.json").is_file():
         copy_tokenizer(source.path, aside / "tokenizer")
     state = {"step": 0, "tokens": 0, "cursor": {}, "extra": {}, "model": asdict(target.model), "degrees": {}}
     state["dtype"] = DTYPE[target.dtype]
     state |= lineage.converted(source.path, place, place.name, _digest(ledger["source"]["tensors"]))
     (aside / "state.json").write_text(json.dumps(state, indent=1))
+    ledger["files"] = _files(aside, f"{OWN}/{LEDGER}", manifest.MANIFEST)
     _write_ledger(own / LEDGER, ledger)
     entries = {f"weights/{entry['file']}": {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in journal}
     for path in sorted(path for path in aside.rglob("*") if path.is_file()):
         name = path.relative_to(aside).as_posix()
-        if name not in entries and not name.startswith("journal/"):
+        if name not in entries and not name.startswith("journal/") and name != manifest.MANIFEST:
             entries[name] = _flushed(path)
     manifest.write(aside, entries)
 
@@ -114,9 +139,13 @@ def _published(source, target, ledger: dict[str, Any], aside: Path, place: Path)
     config = _config(source, target)
     if not (aside / "config.json").is_file() or read_json(aside / "config.json") != config:
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    dtype = "fp8" if target.fp8 else DTYPE[target.stated]
+    if source.format == "hf":
+        record = lineage.recoded(source.path, place, dtype, _digest(ledger["source"]["tensors"]), _digest(tensors))
+    else:
+        record = lineage.exported(source.path, place, dtype, _digest(tensors))
+    (aside / lineage.RECORD).write_text(json.dumps(record, indent=1) + "\n")
     if source.format == "native":
-        record = lineage.exported(source.path, place, DTYPE.get(target.stated, target.stated), _digest(tensors))
-        (aside / lineage.RECORD).write_text(json.dumps(record, indent=1) + "\n")
         if (source.path / "tokenizer").is_dir() and not (aside / "tokenizer.json").is_file():
             copy_tokenizer(source.path / "tokenizer", aside)
         if not (aside / "generation_config.json").is_file():
@@ -124,6 +153,7 @@ def _published(source, target, ledger: dict[str, Any], aside: Path, place: Path)
             (aside / "generation_config.json").write_text(json.dumps(ends | GENERATION, indent=1) + "\n")
         if source.state.get("command") != "convert":
             (aside / "README.md").write_text(card.text(source, config, ledger), encoding="utf-8")
+    ledger["files"] = _files(aside, LEDGER)
     _write_ledger(aside / LEDGER, ledger)
     for path in aside.rglob("*"):
         if path.is_file() and path.name not in ledger["target"]["files"]:
@@ -184,10 +214,13 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def check_files(place: Path) -> None:
-    """Raise UserError where a file of a finished target is missing or has another size or content than its ledger says."""
+def check_files(place: Path, *, hashes: bool) -> None:
+    """Raise UserError where a file of a finished target is missing or has another size, or content, than its ledger says."""
+    way = "remove the folder and run the same command"
     for name, entry in ledger_of(place)["target"]["files"].items():
         path = place / "weights" / name if name.endswith(".distcp") else place / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             got = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-            raise UserError(f"target {place}: {name} has {entry['bytes']} bytes; got {got}; convert again")
+            raise UserError(f"target {place}: {name} has {entry['bytes']} bytes; got {got}; {way}")
+        if hashes and _flushed(path)["sha256"] != entry["sha256"]:
+            raise UserError(f"target {place}: {name} has its ledger's hash; got other content; {way}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from r1mega.train.convert.shards import NAMES, PublishedFolder
 LEDGER = "ledger.json"
 OWN = "source"
 """Folder of a converted native checkpoint: what the published one had besides weights."""
+SCALES, KEPT_DERIVED = "scales.safetensors", "derived.safetensors"
+"""There: an FP8 checkpoint's scales, and tensors that the config determines."""
 SMALL_BYTES = 64 << 20
 """A published checkpoint's files up to this size, but for weights, go with it."""
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -105,7 +108,12 @@ class PublishedSource:
                     f"source {self.path}: holds exactly the tensors of its config.json; got one {word} {told(names)}; "
                     "fetch it again, or mend config.json"
                 )
-        stated = STATED.get(str(self.config.get("dtype") or self.config.get("torch_dtype")))
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        if named is not None and named not in [*STATED]:
+            raise UserError(
+                f"{self.path / 'config.json'}: dtype: one of {', '.join(STATED)}; got {named}; give the checkpoint's own file"
+            )
+        stated = STATED.get(named) if named else None
         for part in self.parts:
             entry = entries[part.name]
             if tuple(entry.shape) != part.shape:
@@ -182,6 +190,12 @@ class PublishedSource:
         rows = [[entry.name, entry.dtype, list(entry.shape), Path(entry.file).name] for entry in self.folder.entries.values()]
         return hashlib.sha256(json.dumps([sorted(rows), self.config], sort_keys=True).encode()).hexdigest()
 
+    @property
+    def other_bytes(self) -> int:
+        """Of what goes along beside the weights."""
+        scales = sum(entry.nbytes for name, entry in self.folder.entries.items() if name.endswith(SCALE))
+        return scales + sum(path.stat().st_size for path in self.small_files())
+
     def small_files(self) -> Iterator[Path]:
         """All that is no weight: config, tokenizer, the model's own code and card. Below the folder, at most SMALL_BYTES each."""
         for path in sorted(self.path.rglob("*")):
@@ -214,6 +228,8 @@ class NativeSource:
         self.shapes = native_shapes(self.model)
         self.folder = NativeFolder(self.path / "weights")
         self.own = self.path / OWN
+        self._opened: dict[str, Any] = {}
+        self._lock = threading.Lock()
         self.ledger = Ledgered.beside(self.own / LEDGER, "target")
         self.origin = Ledgered.beside(self.own / LEDGER, "source")
         entries = {key: entry for key, entry in self.folder.entries.items() if not key.startswith("optimizer.")}
@@ -230,8 +246,7 @@ class NativeSource:
                     f"source {self.path}: {key} has the shape {list(self.shapes[key])} of state.json; got {list(shape)}; "
                     "take one that this version of r1mega wrote"
                 )
-        if not self.ledger:
-            manifest.verify(self.path)
+        manifest.verify(self.path, weights=not self.ledger)  # a ledger has each tensor's hash, which reading checks
         self.parts = parts(self.model, tied_head=HEAD in self.origin.tensors)
         self.quantization = (read_json(self.own / "config.json") if self.origin else {}).get("quantization_config")
         self.derived = sorted(name for name in self.origin.tensors if DERIVED.search(name))
@@ -239,7 +254,7 @@ class NativeSource:
     @property
     def largest_bytes(self) -> int:
         """Of one file."""
-        return max(file.stat().st_size for file in (self.path / "weights").glob("*.distcp"))
+        return max((file.stat().st_size for file in (self.path / "weights").glob("*.distcp")), default=0)
 
     @property
     def tensor_names(self) -> set[str]:
@@ -271,18 +286,41 @@ class NativeSource:
         self.ledger.check(name, record["sha256"], str(self.path))
         return Piece(value, None, {name: record})
 
+    def _kept(self, name: str) -> Callable[[str], torch.Tensor]:
+        """Reads a tensor of a file in ``source/``, which is opened once: its header may have tens of thousands of lines."""
+        from safetensors import SafetensorError, safe_open
+
+        file = self.own / name
+        with self._lock:
+            try:
+                opened = self._opened.get(name) or self._opened.setdefault(name, safe_open(file, "pt"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{file}: a safetensors file; got {error}; convert again") from error
+
+        def get(tensor: str) -> torch.Tensor:
+            try:
+                with self._lock:
+                    return opened.get_tensor(tensor)
+            except SafetensorError as error:
+                raise UserError(f"{file}: holds {tensor}; got {error}; convert again") from error
+
+        return get
+
     def kept_scale(self, part: Part) -> torch.Tensor | None:
         """The scales that the published source had for this part."""
-        file = self.own / "scales.safetensors"
-        if not file.is_file() or part.name + SCALE not in self.origin.tensors:
+        name = part.name + SCALE
+        if name not in self.origin.tensors or not (self.own / SCALES).is_file():
             return None
-        return _from_file(file, part.name + SCALE)
+        scale = self._kept(SCALES)(name)
+        self.origin.check(name, sha256(scale), str(self.own / SCALES))
+        return scale
 
     def read_derived(self, name: str) -> tuple[torch.Tensor, dict[str, dict[str, Any]]]:
         """A tensor that the config determines, as the published source had it."""
-        value = _from_file(self.own / "derived.safetensors", name)
+        value = self._kept(KEPT_DERIVED)(name)
+        self.origin.check(name, sha256(value), str(self.own / KEPT_DERIVED))
         return value, {
-            f"{OWN}/derived.safetensors:{name}": {"dtype": NAMES[value.dtype], "shape": list(value.shape), "sha256": sha256(value)}
+            f"{OWN}/{KEPT_DERIVED}:{name}": {"dtype": NAMES[value.dtype], "shape": list(value.shape), "sha256": sha256(value)}
         }
 
     def identity(self) -> dict[str, Any]:
@@ -293,9 +331,14 @@ class NativeSource:
         """The checkpoint's identity."""
         return manifest.digest(self.path)
 
+    @property
+    def other_bytes(self) -> int:
+        """Of what goes along beside the weights."""
+        return sum(path.stat().st_size for path in self.small_files())
+
     def small_files(self) -> Iterator[Path]:
         """What the published source had besides weights."""
-        ours = (LEDGER, "scales.safetensors", "derived.safetensors")
+        ours = (LEDGER, SCALES, KEPT_DERIVED)
         if self.own.is_dir():
             yield from (path for path in sorted(self.own.rglob("*")) if path.is_file() and path.name not in ours)
 
@@ -313,9 +356,14 @@ class Ledgered:
         if not path.is_file():
             return cls({})
         try:
-            return cls(read_json(path)[side]["tensors"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: a ledger of r1mega convert; got no {error}; convert again") from error
+            tensors = read_json(path)[side]["tensors"]
+            if not all(isinstance(entry["sha256"], str) for entry in tensors.values()):
+                raise TypeError
+            return cls(tensors)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: a ledger of r1mega convert; got another file of that name; convert again, or remove it"
+            ) from error
 
     def __bool__(self) -> bool:
         return bool(self.tensors)
@@ -354,13 +402,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: a JSON object; got {type(value).__name__}; fetch it again")
     return value
-
-
-def _from_file(file: Path, name: str) -> torch.Tensor:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as opened:
-            return opened.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: holds {name}; got {error}; convert again") from error

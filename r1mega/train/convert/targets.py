@@ -6,9 +6,11 @@ In: an opened source and the wanted dtype. Out: :class:`Unit` objects, a file ea
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from r1mega.config.errors import UserError
 from r1mega.model.names import SCALE, Part, native_shapes, parts
 from r1mega.train.convert import fp8
-from r1mega.train.convert.native import Chunk, NativeFile
+from r1mega.train.convert.native import NativeFile
 from r1mega.train.convert.shards import NAMES, TORCH, ShardWriter, file_name
 from r1mega.train.convert.sources import NativeSource, Piece, PublishedSource, region_name, sha256
 
@@ -57,8 +59,8 @@ class Unit:
         return sum(item.num_bytes for item in self.items if item.kind != "copy")
 
 
-Watch = Callable[[Item], AbstractContextManager[None]]
-"""What surrounds the work on an item: it waits for memory, tells the progress, and ends the work where another file has failed."""
+Watch = Callable[[list[Item]], AbstractContextManager[None]]
+"""What surrounds the work on items: it waits for memory, tells the progress, and ends the work where another file has failed."""
 
 
 def cast(piece: Piece, dtype: str) -> tuple[torch.Tensor, str]:
@@ -110,21 +112,18 @@ class PublishedTarget:
             yield Item(name, NAMES[value.dtype], tuple(value.shape), "derived")
 
     def _layout(self, items: list[Item], shard_bytes: int) -> dict[str, str]:
-        """Tensor to file, in the order of the files: the source's own where it has exactly these tensors, else filled up."""
+        """Tensor to file, in the order of the files: the source's own where it has these tensors and they fit, else filled up."""
         theirs = self.source.layout
         if theirs.keys() == {item.name for item in items}:
-            rank = {name: at for at, name in enumerate(theirs)}
-            items.sort(key=lambda item: rank[item.name])
-            return {item.name: theirs[item.name] for item in items}
-        groups: list[list[str]] = [[]]
-        size = 0
-        for item in items:
-            if groups[-1] and size + item.num_bytes > shard_bytes:
-                groups.append([])
-                size = 0
-            groups[-1].append(item.name)
-            size += item.num_bytes
-        return {name: file_name(at, len(groups)) for at, group in enumerate(groups, 1) for name in group}
+            sizes = Counter()
+            for item in items:
+                sizes[theirs[item.name]] += item.num_bytes
+            if max(sizes.values()) <= shard_bytes:
+                rank = {name: at for at, name in enumerate(theirs)}
+                items.sort(key=lambda item: rank[item.name])
+                return {item.name: theirs[item.name] for item in items}
+        groups = _filled(items, shard_bytes)
+        return {item.name: file_name(at, len(groups)) for at, group in enumerate(groups, 1) for item in group}
 
     @property
     def tensor_names(self) -> set[str]:
@@ -133,23 +132,33 @@ class PublishedTarget:
 
     def write(self, unit: Unit, folder: Path, watched: Watch) -> dict[str, Any]:
         """Write one file; returns what the journal keeps of it."""
-        writer = ShardWriter(folder / unit.file, [(item.name, item.dtype, item.shape) for item in unit.items])
-        read: dict[str, dict[str, Any]] = {}
-        written: dict[str, dict[str, Any]] = {}
-        made = _Latest()
-        for item in unit.items:
-            with watched(item):
-                if item.kind == "derived":
-                    value, records = self.source.read_derived(item.name)
-                    how = "same"
-                else:
-                    weight, scale, how, records = made.of(item.part, lambda item=item: self._make(item.part))
-                    value = scale if item.kind == "scale" else weight
-                read |= records
-                writer.write(item.name, value)
-                written[item.name] = _record(item, value, unit.file, how, records)
-        size, digest = writer.close()
-        return {"file": unit.file, "bytes": size, "sha256": digest, "read": read, "written": written}
+        entry: dict[str, Any] = {"file": unit.file, "read": {}, "written": {}}
+        with ShardWriter(folder / unit.file, [(item.name, item.dtype, item.shape) for item in unit.items]) as writer:
+            for _, group in groupby(unit.items, key=lambda item: item.part or item.name):
+                items = list(group)
+                with watched(items):
+                    self._put(writer, items, entry)
+            entry["bytes"], entry["sha256"] = writer.close()
+        return entry
+
+    def _put(self, writer: ShardWriter, items: list[Item], entry: dict[str, Any]) -> None:
+        """One part's tensor, its scales, or both; what was made of it is gone when this returns."""
+        if items[0].kind == "derived":
+            weight, records = self.source.read_derived(items[0].name)
+            scale, how = None, "same"
+        else:
+            weight, scale, how, records = self._make(items[0].part)
+        entry["read"] |= records
+        for item in items:
+            value = scale if item.kind == "scale" else weight
+            writer.write(item.name, value)
+            entry["written"][item.name] = _record(item, value, entry["file"], how, records)
+
+    def working_bytes(self, item: Item) -> int:
+        """Memory that an item takes while it is made."""
+        if item.kind == "scale" or item.part is None:
+            return item.num_bytes
+        return _working_bytes(item, self.source.dtype(item.part))
 
     def _make(self, part: Part) -> tuple[torch.Tensor, torch.Tensor | None, str, dict[str, Any]]:
         """A part's tensor and scales as written, how they were made, and the records of what was read."""
@@ -179,21 +188,19 @@ class NativeTarget:
             )
         self.source = source
         if dtype == "as_is":
-            stored = {source.dtype(part) for part in source.parts if part.role != "bias"}
-            dtype = "fp32" if "F32" in stored and not stored & {F8, "BF16"} else "bf16"
+            stored = {source.dtype(part) for part in source.parts if part.role != "bias"} - {F8}
+            if len(stored) > 1:
+                raise UserError(
+                    f"dtype: one for all tensors of a native checkpoint; got {' and '.join(sorted(stored))} in {source.path}; "
+                    "use dtype=fp32, or dtype=bf16 to round"
+                )
+            dtype = "bf16" if stored == {"BF16"} else "fp32"  # fp32 holds every number of fp16
         self.dtype = WANTED[dtype]
         tokens = source.model.vocab_size
         self.model = replace(source.model, vocab_size=tokens + -tokens % vocab_multiple, vocab_padding=-tokens % vocab_multiple)
         self.shapes = native_shapes(self.model)
         self.regions = {part.name: part for part in parts(self.model)}
-        groups: list[list[Item]] = [[]]
-        size = 0
-        for item in self._items():
-            if groups[-1] and size + item.num_bytes > shard_bytes:
-                groups.append([])
-                size = 0
-            groups[-1].append(item)
-            size += item.num_bytes
+        groups = _filled(list(self._items()), shard_bytes)
         self.units = [Unit(f"__{at}_0.distcp", group) for at, group in enumerate(groups)]
 
     def _items(self) -> Iterator[Item]:
@@ -227,41 +234,52 @@ class NativeTarget:
 
     def write(self, unit: Unit, folder: Path, watched: Watch) -> dict[str, Any]:
         """Write one file; returns what the journal keeps of it."""
-        writer = NativeFile(folder / unit.file)
-        read: dict[str, dict[str, Any]] = {}
-        written: dict[str, dict[str, Any]] = {}
-        chunks: list[Chunk] = []
-        for item in unit.items:
-            with watched(item):
-                if item.kind == "padding":
-                    value, how, records = torch.zeros(item.shape, dtype=TORCH[item.dtype]), "padding", {}
-                else:
-                    piece = self.source.read(item.part)
-                    read |= piece.records
-                    if item.kind == "copy":
-                        continue
-                    value, how = cast(piece, item.dtype)
-                    records = piece.records
-                key, start, name = self._named(item)
-                chunks.append(writer.add(key, start, value.reshape(item.part.extent if item.part else value.shape)))
-                written[name] = _record(item, value, unit.file, how, records)
-        size, digest = writer.close()
-        kept = [asdict(chunk) for chunk in chunks]
-        return {"file": unit.file, "bytes": size, "sha256": digest, "read": read, "written": written, "chunks": kept}
+        entry: dict[str, Any] = {"file": unit.file, "read": {}, "written": {}, "chunks": []}
+        with NativeFile(folder / unit.file) as writer:
+            for item in unit.items:
+                with watched([item]):
+                    self._put(writer, item, entry)
+            entry["bytes"], entry["sha256"] = writer.close()
+        return entry
+
+    def _put(self, writer: NativeFile, item: Item, entry: dict[str, Any]) -> None:
+        """One region; what was made of it is gone when this returns."""
+        if item.kind == "padding":
+            value, how, records = torch.zeros(item.shape, dtype=TORCH[item.dtype]), "padding", {}
+        else:
+            piece = self.source.read(item.part)
+            entry["read"] |= piece.records
+            if item.kind == "copy":
+                return
+            value, how = cast(piece, item.dtype)
+            records = piece.records
+        key, start, name = self._named(item)
+        entry["chunks"].append(asdict(writer.add(key, start, value.reshape(item.part.extent if item.part else value.shape))))
+        entry["written"][name] = _record(item, value, entry["file"], how, records)
+
+    def working_bytes(self, item: Item) -> int:
+        """Memory that an item takes while it is made."""
+        return item.num_bytes if item.part is None else _working_bytes(item, self.source.dtype(item.part))
 
 
-class _Latest:
-    """The last thing made, so that a weight and its scales are made once."""
+def _working_bytes(item: Item, stored: str) -> int:
+    """As read, as written where that is another tensor, and fp32 between where FP8 is involved."""
+    numbers, same = math.prod(item.shape), item.dtype == stored
+    between = 0 if same or F8 not in (item.dtype, stored) else 8
+    return numbers * (TORCH[stored].itemsize + (0 if same else TORCH[item.dtype].itemsize) + between)
 
-    def __init__(self):
-        self._key, self._value = None, None
 
-    def of(self, key: Any, make):
-        if key is not self._key:
-            self._key, self._value = None, None  # let go first: two of the largest do not fit
-            self._value = make()
-            self._key = key
-        return self._value
+def _filled(items: list[Item], shard_bytes: int) -> list[list[Item]]:
+    """Items in their order, as many a file as fit."""
+    groups: list[list[Item]] = [[]]
+    size = 0
+    for item in items:
+        if groups[-1] and size + item.num_bytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += item.num_bytes
+    return groups
 
 
 def _record(item: Item, value: torch.Tensor, file: str, how: str, records: dict[str, Any]) -> dict[str, Any]:

@@ -134,8 +134,10 @@ def test_what_is_meant_can_be_allowed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"convert.allow_mixed=true takes it as it is"):
         run(tmp_path / "hf", tmp_path / "native", allow_equal=True)
     with pytest.raises(UserError, match=r"convert.allow_equal=true for a model that was grown"):
-        run(tmp_path / "hf", tmp_path / "native", allow_mixed=True)
-    run(tmp_path / "hf", tmp_path / "native", allow_equal=True, allow_mixed=True, verify=True)
+        run(tmp_path / "hf", tmp_path / "native", allow_mixed=True, dtype="fp32")
+    with pytest.raises(UserError, match=r"dtype: one for all tensors of a native checkpoint; got BF16 and F16 in"):
+        run(tmp_path / "hf", tmp_path / "native", allow_equal=True, allow_mixed=True)
+    run(tmp_path / "hf", tmp_path / "native", allow_equal=True, allow_mixed=True, dtype="fp32", verify=True)
 
 
 @pytest.mark.parametrize("fault", ["missing", "bf16", "shape", "plain"])
@@ -216,3 +218,54 @@ def test_a_spoilt_native_target_is_named(tmp_path: Path, fault: str) -> None:
         file.write_bytes(bytes(data[:-100] if fault == "cut" else data))
     with pytest.raises(UserError, match="__1_0.distcp" if fault != "bit" else r"decoder\.|embedding|__1_0"):
         run(tmp_path / "hf", tmp_path / "native", shard_bytes=60_000, verify=True)
+
+
+@pytest.mark.parametrize("file", ["scales.safetensors", "config.json", "../state.json"])
+def test_what_lies_beside_the_weights_is_what_it_was(tmp_path: Path, file: str) -> None:
+    publish(tmp_path / "hf", BLOCKS, scales="fp32")
+    run(tmp_path / "hf", tmp_path / "native")
+    path = tmp_path / "native/source" / file
+    if path.suffix == ".json":
+        path.write_text(path.read_text().replace("10000.0", "777.0"))
+    else:
+        tensors = load_file(path)
+        tensors[f"{LAYER}.2.up_proj.weight{SCALE}"] *= 1.03
+        save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=f"checkpoint .*{path.name}"):
+        run(tmp_path / "native", tmp_path / "again", dtype="fp8")
+
+
+@pytest.mark.parametrize("fault", ["gone", "bit"])
+def test_a_spoilt_target_is_not_whole(tmp_path: Path, fault: str) -> None:
+    publish(tmp_path / "hf", V3)
+    run(tmp_path / "hf", tmp_path / "native")
+    file = tmp_path / "native/weights/__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.unlink() if fault == "gone" else file.write_bytes(bytes(data))
+    with pytest.raises(UserError, match="target .*: __0_0.distcp .*; remove the folder and run the same command"):
+        run(tmp_path / "hf", tmp_path / "native")
+
+
+ODD = {
+    "architectures": ([["x"]], "architectures: a list of names"),
+    "torch_dtype": (["bfloat16"], "dtype: one of bfloat16, float32, float16"),
+}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_an_odd_config_is_answered_by_one_line(tmp_path: Path, key: str) -> None:
+    publish(tmp_path / "hf", V3)
+    value, told = ODD[key]
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    config.pop("dtype", None)
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=told):
+        run(tmp_path / "hf", tmp_path / "native")
+
+
+def test_another_file_called_ledger_is_named(tmp_path: Path) -> None:
+    publish(tmp_path / "hf", V3)
+    (tmp_path / "hf/ledger.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match="ledger.json: a ledger of r1mega convert; got another file of that name"):
+        run(tmp_path / "hf", tmp_path / "native")
