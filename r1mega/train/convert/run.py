@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def convert(config: ConvertConfig, *, quiet: bool = False) -> dict[str, Any]:
         finish.mend(place)
         if finish.identity_of(place) == identity:
             finish.check_files(place, hashes=not config.convert.verify)
-            aside.rmdir()
+            shutil.rmtree(aside)
             result["resumed_files"] = len(target.units)
             done = "is there already, whole and from this source"
         else:
@@ -134,7 +134,10 @@ def _alone(place: Path):
         except BlockingIOError:
             raise UserError(f"target: one conversion at a time; got another one at work on {place}; wait for it") from None
         finally:
-            os.close(handle)  # the folder was published by another process while this one opened it: once more
+            os.close(handle)
+            with suppress(OSError):
+                aside.rmdir()  # where nothing was begun
+        # another process has published this folder while it was opened here: once more
 
 
 def _resume(aside: Path, identity: str, units: list[Unit]) -> dict[str, dict[str, Any]]:

@@ -321,6 +321,9 @@ def test_what_a_user_put_into_a_target_stays(tmp_path: Path) -> None:
     (tmp_path / "native/notes.txt").write_text("mine")
     with pytest.raises(UserError, match="target: nothing but an earlier conversion; got notes.txt in"):
         run(tmp_path / "hf", tmp_path / "native", dtype="fp32")
+    assert not list(tmp_path.glob(".native*"))
+    (tmp_path / ".native.partial/journal").mkdir(parents=True)  # of another conversion that was cut off
+    assert run(tmp_path / "hf", tmp_path / "native")["resumed_files"] == 1 and not list(tmp_path.glob(".native*"))
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="target: a folder; got a file"):
         run(tmp_path / "hf", tmp_path / "file")
