@@ -64,10 +64,11 @@ class Device:
         return f"programs, caches, {kept}" if self.is_cpu else kept
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """True for what torch and Python raise when memory runs out; a CPU's allocator raises a plain RuntimeError."""
+        """True for what torch and Python raise when memory runs out; for a CPU's and page-locked memory a RuntimeError."""
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
-        return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "not enough memory" in str(error))
+        told = ("can't allocate memory", "not enough memory", "out of memory")
+        return isinstance(error, RuntimeError) and any(words in str(error) for words in told)
 
     def record_allocations(self) -> None:
         """Keep the Python stack of each allocation from now on, for :meth:`write_memory_snapshot`; a GPU's allocator only."""

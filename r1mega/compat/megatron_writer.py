@@ -4,8 +4,8 @@ dict. Out: this rank's plan and the torch writer that carries it out; the format
 | bend | symptom without it | remove when |
 |---|---|---|
 | the writer is torch's own FileSystemWriter | Megatron's starts a manager process by spawn (the user's script runs again) and forks: a deadlock where threads hold locks | a save asks for no process |
-| plans are made by each rank alone; rank 0 joins them later (:func:`finish`) | Megatron gathers and checks them while all ranks stand still | as above |
-| the logger of the common state's check is set to errors | "Rank 1 common state dict differs" at a save of several ranks: the optimizer's part lies on rank 0 alone there, by design | the check knows the gathered form |
+| plans are made by each rank alone; rank 0 joins them later (:func:`finish`) | Megatron gathers and checks them while all ranks stand still; one whose memory runs out there leaves the others waiting | as above |
+| the check of owners (:func:`check`) leaves out the common state | "Rank 1 common state dict differs" at a save of several ranks: the optimizer's part lies on rank 0 alone there, by design | the check knows the gathered form |
 | ``gc`` of the distributed optimizer's module collects nothing | a full collection for each part of the optimizer at each save: half a second in which nothing else runs | the call is gone |
 | optimizer states that no rank shares are handed out where they lie | five copies of each on the CPU by one thread, ten seconds for the moments of 0.7B weights | as above |
 
@@ -15,7 +15,6 @@ Versions: megatron-core 0.16.1, torch 2.13 (``prepare_global_plan``, ``write_dat
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -27,10 +26,9 @@ STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 def apply() -> None:
-    """Bend the optimizer and the logger; safe to call again."""
+    """Bend the optimizer; safe to call again."""
     from megatron.core.optimizer import distrib_optimizer
 
-    logging.getLogger("megatron.core.dist_checkpointing.validation").setLevel(logging.ERROR)
     cls = distrib_optimizer.DistributedOptimizer
     if hasattr(cls.get_parameter_state_dp_zero, "gathers"):
         return
@@ -71,13 +69,14 @@ def _whole_states(optimizer: Any) -> dict[Any, Any]:
 @dataclass
 class Plan:
     """One rank's part of a save. ``values``: what each item of the plan stands for, a tensor or bytes; ``common``: what no rank
-    shards, serialised; written by rank 0.
+    shards, serialised; written by rank 0. ``owned``: this rank's shards without their data, for :func:`check`.
     """
 
     writer: Any
     plan: Any
     values: list[torch.Tensor | io.BytesIO]
     common: bytes
+    owned: list[Any]
 
     def write(self, at_each: Callable[[], None]) -> list[Any]:
         """Write this rank's file, flush it, and give back what :func:`finish` needs. ``at_each`` is called before each tensor."""
@@ -92,8 +91,9 @@ class Plan:
         return self.writer.write_data(self.plan, SimpleNamespace(resolve_data=resolve_data)).value()
 
 
-def plan(sharded: dict[str, Any], folder: str, rank: int, *, check: bool) -> Plan:
-    """This rank's part of saving ``sharded`` into ``folder``. ``check``: all ranks meet and see that each shard has one owner."""
+def plan(sharded: dict[str, Any], folder: str, rank: int) -> Plan:
+    """This rank's part of saving ``sharded`` into ``folder``. No collective."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
     from megatron.core.dist_checkpointing.strategies import torch as strategies
     from torch.distributed.checkpoint import FileSystemWriter
@@ -105,7 +105,8 @@ def plan(sharded: dict[str, Any], folder: str, rank: int, *, check: bool) -> Pla
             """A text as in Megatron's files; torch's own is a path object, which the index would then need to be read."""
             return folder
 
-    shards, common = save_preprocess(sharded, validate_access_integrity=check)
+    shards, common = save_preprocess(sharded, validate_access_integrity=False)
+    owned = [shard.without_data() for shard in nested_values(shards)]
     by_key, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(shards, keep_only_main_replica=True)
     planner = strategies.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     planner.set_up_planner(strategies.mcore_to_pyt_state_dict(by_key, False), is_coordinator=rank == 0)
@@ -117,7 +118,14 @@ def plan(sharded: dict[str, Any], folder: str, rank: int, *, check: bool) -> Pla
     kept = io.BytesIO()
     if rank == 0:
         torch.save(common, kept)
-    return Plan(writer, made, [planner.resolve_data(item) for item in made.items], kept.getvalue())
+    return Plan(writer, made, [planner.resolve_data(item) for item in made.items], kept.getvalue(), owned)
+
+
+def check(owned: Sequence[list[Any]]) -> None:
+    """See that each shard has one owner, with ``owned`` of all ranks by rank. Rank 0 alone looks, and raises Megatron's error."""
+    from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
+
+    validate_sharding_integrity(owned)
 
 
 def finish(writer: Any, plans: Sequence[Any], results: Sequence[list[Any]], folder: str) -> None:

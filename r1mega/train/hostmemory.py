@@ -7,7 +7,13 @@ They take as much memory as the rank's shards once, plus the rests of buffers. A
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterable
+from typing import Any
+
 import torch
+
+from r1mega.device import Device
 
 ALIGNMENT = 64
 BUFFER_BYTES = {True: 256 << 20, False: 8 << 20}
@@ -51,3 +57,25 @@ class HostMemory:
         self._buffers.append(torch.empty(length, dtype=torch.uint8, pin_memory=self.pinned))
         self._used.append(taken)
         return len(self._buffers) - 1, 0
+
+
+def is_exhausted(error: BaseException | None, device: Device) -> bool:
+    """True where ``error`` says that host memory has run out, page-locked or not; False for a GPU's own."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return device.is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def without_room(error: BaseException, values: Iterable[Any], switch: str) -> str:
+    """``rule; got value; way out`` of a save of ``values`` that met ``error``. ``switch``: key of the knob for copies, or ""."""
+    told = f"{type(error).__name__} {' '.join(str(error).split())[:160]}".strip()
+    way_out = f"use {switch}=false, which copies a tensor at a time," if switch else "start fewer ranks on a host"
+    return (
+        f"host memory takes a copy of what this rank saves, {num_bytes(values) / 2**30:.2f} GiB; got {told}; {way_out} or give the "
+        "host more"
+    )
+
+
+def num_bytes(values: Iterable[Any]) -> int:
+    """Of the tensors among ``values`` and in its dicts."""
+    return sum(num_bytes(one.values()) if isinstance(one, dict) else getattr(one, "nbytes", 0) for one in values)

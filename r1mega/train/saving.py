@@ -5,8 +5,8 @@ thread of each rank writes its file, flushes it and takes its hash. When all ran
 (:meth:`Saver.poll`), a thread of rank 0 writes index and manifest, renames the folder, removes older checkpoints and sends the new
 one to the run's URL. No thread but the training's enters a collective; what ranks tell each other lies in the unfinished folder.
 
-One save is under way at a time. :meth:`Saver.wait` ends it before anything that reads the checkpoint. Where the disk refuses, all
-ranks raise the same UserError at the next of these calls and the last checkpoint stays whole.
+One save is under way at a time. :meth:`Saver.wait` ends it before anything that reads the checkpoint. Where the disk or a
+rank's host memory is full, all ranks raise the same UserError at the next of these calls and the last checkpoint stays whole.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from r1mega.config.rl import RlConfig, RolloutConfig
 from r1mega.config.train import PretrainConfig, SftConfig, TrainerConfig
 from r1mega.files import published
 from r1mega.mesh import Mesh
-from r1mega.train import manifest
+from r1mega.train import hostmemory, manifest
 from r1mega.train.exporting import Exporter
 from r1mega.train.hostmemory import HostMemory
 from r1mega.train.lineage import Lineage
@@ -96,10 +96,10 @@ class _Job:
 
 
 class Saver:
-    """A run's checkpoints on the way to its folder. As a context it leaves no thread behind where the run ends with an error.
+    """A run's checkpoints on the way to its folder. As a context it ends with :meth:`close`, whatever ends the run.
 
-    ``background`` False: :meth:`begin` returns when all is written; :meth:`settle` then publishes. ``tell(kind, step, reason)``:
-    called on rank 0 for what is worth a line and no error. ``stall_seconds``: what saving has cost the training thread.
+    ``background`` False: :meth:`begin` returns when all is written; :meth:`settle` then publishes. ``switch``: that knob's key.
+    ``tell(kind, step, reason)``: called on rank 0 for what is worth a line. ``stall_seconds``: what the training thread has lost.
     """
 
     def __init__(
@@ -109,17 +109,17 @@ class Saver:
         lineage: Lineage,
         *,
         background: bool,
+        switch: str = "trainer.async_save",
         keep_last: int,
         keep_every: int = 0,
         tokenizer: str | None = None,
         exporter: Exporter | None = None,
         tell: Callable[[str, int, str], None] = lambda kind, step, reason: None,
     ):
-        self.mesh, self.folder, self.lineage, self.background = mesh, folder, lineage, background
+        self.mesh, self.folder, self.lineage, self.background, self.switch = mesh, folder, lineage, background, switch
         self.keep_last, self.keep_every, self.tokenizer, self.tell = keep_last, keep_every, tokenizer, tell
         self.exporter = exporter if mesh.is_first else None
-        self.stall_seconds = 0.0
-        self._told_seconds = 0.0
+        self.stall_seconds = self._told_seconds = 0.0
         self._job: _Job | None = None
         self._host = HostMemory(pinned=not mesh.device.is_cpu)
         self._is_checked = False
@@ -137,7 +137,7 @@ class Saver:
         """Take a copy of the run as it is and save that; returns the folder that the checkpoint will have.
 
         Waits for the save before this one. ``extra_tensors``: file name to tensors that every rank holds alike (RL's reference).
-        Raises UserError, on all ranks, where the disk refuses.
+        Raises UserError, on all ranks, where the disk refuses or a rank's host memory does not hold the copy.
         """
         with self._losing_time():
             self._finish()
@@ -145,19 +145,26 @@ class Saver:
             final = self.folder / f"step-{state.step:08d}"
             aside = self.folder / f".{final.name}.tmp"
             rng = mesh.gather_everywhere(mesh.device.rng_state())
-            self._make(aside)
+            self._on_first(lambda: self._make(aside))
             sharded_state = sharded(trainee, loading=False) | {"content_metadata": dict(SHARDING)}
-            plan = megatron_writer.plan(sharded_state, str(aside / "weights"), mesh.rank, check=not self._is_checked)
-            self._is_checked = True
-            files: dict[str, Any] = {"rng.pt": rng}
-            if mesh.is_first:
-                record = {**asdict(state), "model": asdict(trainee.model_config), "degrees": mesh.degrees}
-                record |= {"dtype": str(trainee.dtype).removeprefix("torch."), **self.lineage.record(final)}
-                files |= {"state.json": json.dumps(record, indent=1).encode(), "weights/common.pt": plan.common}
-                files |= extra_tensors or {}
-            if self.background:
-                self._copy(plan, files)
-            self._job = job = _Job(state.step, aside, final, plan, files if mesh.is_first else {})
+            job = _Job(state.step, aside, final, None, {})
+
+            def take() -> None:
+                job.plan = megatron_writer.plan(sharded_state, str(aside / "weights"), mesh.rank)
+                if mesh.is_first:
+                    record = {**asdict(state), "model": asdict(trainee.model_config), "degrees": mesh.degrees}
+                    record |= {"dtype": str(trainee.dtype).removeprefix("torch."), **self.lineage.record(final)}
+                    job.files = {"rng.pt": rng, "state.json": json.dumps(record, indent=1).encode()}
+                    job.files |= {"weights/common.pt": job.plan.common, **(extra_tensors or {})}
+                if self.background:
+                    self._copy(job)
+
+            self._together(job, take)
+            if not self._is_checked:
+                owned = mesh.gather_everywhere(job.plan.owned)
+                self._together(job, lambda: megatron_writer.check(owned))
+                self._is_checked = True
+            self._job = job
             job.run(self._write)
             while not self.background and mesh.any(job.is_busy):
                 self._pause()
@@ -177,6 +184,7 @@ class Saver:
         self.stall_seconds = self._told_seconds = max(self.stall_seconds, state["extra"].get("save_stall_seconds", 0.0))
         if self.exporter is not None:
             self.exporter.consider(held, state["step"])
+            self.exporter.clear()
 
     def settle(self) -> None:
         """Where saves are not in the background, publish the one that :meth:`begin` has written."""
@@ -189,8 +197,8 @@ class Saver:
             self._finish()
             while exports and self.mesh.any(self.exporter is not None and self.exporter.is_busy):
                 time.sleep(LONGEST_PAUSE)
-            if exports and self.mesh.is_first:
-                self.retire()  # what the export held
+            if exports:
+                self._on_first(self.retire)  # what the export held
         self._tell_exports()
 
     def metrics(self) -> dict[str, float]:
@@ -199,7 +207,11 @@ class Saver:
         return {"save_stall_seconds": lost} if lost else {}
 
     def close(self) -> None:
-        """Leave no thread behind. This rank's alone: what is not published by now never will be."""
+        """Stop saving. This rank's alone: what is not published by now never will be.
+
+        The thread that writes is waited for, up to a minute. One that the disk holds up longer, and an export under way, ends with
+        the process; what they leave is removed when the run goes on.
+        """
         self._abandoned.set()
         job, self._job = self._job, None
         if job is not None and job.thread is not None:
@@ -217,25 +229,37 @@ class Saver:
         finally:
             self.stall_seconds += time.perf_counter() - began
 
-    def _make(self, aside: Path) -> None:
-        """The empty unfinished folder, on all ranks' sight."""
+    def _on_first(self, part: Callable[[], None]) -> None:
+        """``part()`` on rank 0; all ranks return when it is done, or raise where the disk refuses."""
         failure = ""
         try:
             if self.mesh.is_first:
-                shutil.rmtree(aside, ignore_errors=True)
-                (aside / "weights").mkdir(parents=True)
+                part()
         except OSError as error:
             failure = unwritten(self.folder, error)
         self.mesh.agree(failure)
 
-    def _copy(self, plan: megatron_writer.Plan, files: dict[str, Any]) -> None:
+    def _together(self, job: _Job, part: Callable[[], None]) -> None:
+        """``part()``, in which ranks do not meet, on all ranks; where it fails on one, all raise."""
+        try:
+            part()
+        except Exception as error:  # noqa: BLE001 - raised again when all ranks know
+            job.error = error
+        self._agree(job)
+
+    def _make(self, aside: Path) -> None:
+        """The empty unfinished folder."""
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "weights").mkdir(parents=True)
+
+    def _copy(self, job: _Job) -> None:
         """Put host copies in the place of everything that the next step changes."""
         host = self._host
         host.reset()
-        plan.values = [value if isinstance(value, io.BytesIO) else host.copy(value) for value in plan.values]
-        for name, tensors in files.items():
+        job.plan.values = [value if isinstance(value, io.BytesIO) else host.copy(value) for value in job.plan.values]
+        for name, tensors in job.files.items():
             if isinstance(tensors, dict):
-                files[name] = {key: host.copy(tensor) for key, tensor in tensors.items()}
+                job.files[name] = {key: host.copy(tensor) for key, tensor in tensors.items()}
         self.mesh.device.synchronize()
 
     def _finish(self) -> None:
@@ -255,27 +279,34 @@ class Saver:
         job = self._job
         if self.mesh.any(job.is_busy):
             return
-        error, defect = job.error, None
-        failure = ""
-        if isinstance(error, UserError):
-            failure = str(error)
-        elif isinstance(error, OSError | RuntimeError) and not self.mesh.device.is_out_of_memory(error):
-            failure = unwritten(self.folder, error)
-        elif error is not None:  # ours, or memory that ran out: this rank's own error says more
-            failure, defect = f"checkpoint {job.final}: it is written; got {type(error).__name__} {error}; see that rank", error
-        try:
-            self.mesh.agree(failure)
-        except UserError as told:
-            self._job = None
-            if self.mesh.is_first:
-                shutil.rmtree(job.aside, ignore_errors=True)  # gives a full disk its room back
-            raise (defect or told) from (None if defect else error)
+        self._agree(job)
         if job.is_written:
             self._job = None
         else:
             job.is_written, job.plan = True, job.plan if self.mesh.is_first else None
             if self.mesh.is_first:
                 job.run(self._publish)
+
+    def _agree(self, job: _Job) -> None:
+        """Where a rank's part of the save has met an error, end the save and raise on all ranks."""
+        error, defect, failure = job.error, None, ""
+        if isinstance(error, UserError):
+            failure = str(error)
+        elif hostmemory.is_exhausted(error, self.mesh.device):
+            values = [*(job.plan.values if job.plan else ()), *job.files.values()]
+            told = hostmemory.without_room(error, values, self.switch if self.background else "")
+            failure = f"checkpoint {job.final}: {told} and run the same command, {goes_on(self.folder)}"
+        elif isinstance(error, OSError | RuntimeError if job.thread else OSError) and not self.mesh.device.is_out_of_memory(error):
+            failure = unwritten(self.folder, error)
+        elif error is not None:  # ours, or the device's memory that ran out: this rank's own error says more
+            failure, defect = f"checkpoint {job.final}: it is written; got {type(error).__name__} {error}; see that rank", error
+        try:
+            self.mesh.agree(failure)
+        except UserError as agreed:
+            self._job = None
+            if self.mesh.is_first:
+                shutil.rmtree(job.aside, ignore_errors=True)  # gives a full disk its room back
+            raise (defect or agreed) from (None if defect else error)
 
     def _tell_exports(self) -> None:
         for step, reason in self.exporter.take_failures() if self.exporter is not None else ():
@@ -357,6 +388,7 @@ def run_saver(
         out / "checkpoints",
         lineage,
         background=section.async_save,
+        switch=f"{'rl' if isinstance(config, RlConfig) else 'trainer'}.async_save",
         keep_last=section.keep_last,
         keep_every=section.keep_every * updates,
         tokenizer=tokenizer,
@@ -389,12 +421,17 @@ def unwritten(folder: Path, error: BaseException) -> str:
         told = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
         if "inline_container" in told and shutil.disk_usage(folder).free < 1 << 20:  # torch.save does not say why it could not
             told = os.strerror(errno.ENOSPC)
-    last = manifest.latest(folder)
     free = shutil.disk_usage(folder).free / 2**30
     return (
         f"checkpoint {folder}: the disk takes what is saved; got {told} with {free:.1f} GiB free; make "
-        f"room and run the same command, {f'{last.name} is whole and it goes on from there' if last else 'there is no earlier one'}"
+        f"room and run the same command, {goes_on(folder)}"
     )
+
+
+def goes_on(folder: Path) -> str:
+    """What is there for a run whose save has failed."""
+    last = manifest.latest(folder)
+    return f"{last.name} is whole and it goes on from there" if last else "there is no earlier one"
 
 
 def clear(folder: Path) -> None:

@@ -20,7 +20,7 @@ from r1mega.config.errors import UserError
 from r1mega.config.run import LaunchConfig, ParallelConfig
 from r1mega.config.saving_rules import export_violations
 from r1mega.device import open_device
-from r1mega.mesh import open_mesh
+from r1mega.mesh import Mesh, open_mesh
 from r1mega.testing.ranks import run_ranks
 from r1mega.train import checkpoint, export, manifest
 from r1mega.train.hostmemory import HostMemory
@@ -172,6 +172,57 @@ def test_a_full_disk_is_told_at_the_end_of_the_run_at_the_latest(train_data: Pat
     assert pretrain(pretrain_config(train_data, out, 2, save_every=1))["steps"] == 2
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+        ),
+        torch.AcceleratorError("CUDA error: out of memory"),  # of page-locked memory
+    ],
+)
+@pytest.mark.parametrize("place", ["plan", "copy"])
+def test_a_host_without_memory_for_the_copy_is_told_and_the_next_save_works(tmp_path: Path, monkeypatch, place: str, error) -> None:
+    def fails(*_):
+        raise error
+
+    trainee = fresh()
+    with saver(tmp_path, switch="rl.async_save") as moving:
+        moving.begin(trainee, TrainState(1))
+        moving.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(*((megatron_writer, "plan", fails) if place == "plan" else (HostMemory, "copy", fails)))
+            with pytest.raises(UserError) as caught:
+                moving.begin(trainee, TrainState(2))
+        told = str(caught.value)
+        assert "step-00000002: host memory takes a copy of what this rank saves, 0.0" in told and caught.value.__cause__ is error
+        assert f"got {type(error).__name__}" in told and "use rl.async_save=false" in told and "step-00000001 is whole" in told
+        assert names(tmp_path) == ["step-00000001"]
+        moving.begin(trainee, TrainState(3))
+        moving.wait()
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_memory_of_the_device_is_told_as_such(tmp_path: Path, monkeypatch) -> None:
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(HostMemory, "copy", fails)
+    with saver(tmp_path) as moving, pytest.raises(torch.OutOfMemoryError):
+        moving.begin(fresh(), TrainState(1))
+    assert names(tmp_path) == []
+
+
+def test_a_shard_of_two_owners_is_refused(tmp_path: Path, monkeypatch) -> None:
+    mesh, gather = one_rank(), Mesh.gather_everywhere
+    monkeypatch.setattr(Mesh, "gather_everywhere", lambda self, value: gather(mesh, value) * (1 + isinstance(value, list)))
+    with saver(tmp_path) as moving, pytest.raises(Exception, match="Invalid access pattern"):
+        moving.begin(fresh(), TrainState(1))
+    assert names(tmp_path) == []
+
+
 def test_a_run_that_ends_with_an_error_leaves_no_thread_and_no_rest(tmp_path: Path, held_back) -> None:
     with pytest.raises(KeyError), saver(tmp_path) as moving:
         moving.begin(fresh(), TrainState(1))
@@ -309,8 +360,12 @@ def test_copies_are_exact_and_their_memory_is_used_again() -> None:
     assert host.copy(torch.zeros(3 << 20)).nbytes == 12 << 20 and host.bytes == 20 << 20, "a larger one has a buffer of its own"
 
 
+def no_memory(*_):
+    raise MemoryError("no more")
+
+
 def of_two(folder: str, fails: str) -> list:
-    """One rank of two: two saves beside each other, the second of which ``fails`` on rank 1 alone."""
+    """One rank of two: two saves beside each other, the second of which ``fails`` in its write or copy on rank 1 alone."""
     mesh = open_mesh(open_device(CPU), ParallelConfig(expert=2), LaunchConfig(), 1)
     trainee = Trainee(MODEL, OPTIM, mesh, "fp32")
     trainee.allocate_moments()
@@ -322,25 +377,35 @@ def of_two(folder: str, fails: str) -> list:
             tensor.add_(1)
         moving.wait()
         if fails and mesh.rank == 1:
-            megatron_writer.Plan.write = full
-        moving.begin(trainee, TrainState(2))
+            owner, name, fault = {"write": (megatron_writer.Plan, "write", full), "copy": (HostMemory, "copy", no_memory)}[fails]
+            setattr(owner, name, fault)
         try:
+            moving.begin(trainee, TrainState(2))
+            assert fails != "copy", "no rank goes on"
             moving.wait()
         except UserError as error:
             told.append(str(error))
+        if fails == "copy":
+            moving.retire = full  # called on rank 0 alone
+            try:
+                moving.wait(exports=True)
+            except UserError as error:
+                told.append(str(error))
     there = Path(folder) / "step-00000001"
     mesh.barrier()
     checkpoint.load(trainee, there)
     return [told, all(torch.equal(tensor, before[name]) for name, tensor in trainee.named_tensors()), names(Path(folder))]
 
 
-@pytest.mark.parametrize("fails", ["", pytest.param("yes", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fails", ["", pytest.param("write", marks=pytest.mark.slow), "copy"])
 def test_two_ranks_save_together_and_tell_the_same(tmp_path: Path, fails: str) -> None:
     found = run_ranks(of_two, 2, str(tmp_path), fails)
     assert found[0] == found[1] and found[0][1]
     told, _, there = found[0]
     if fails:
-        assert len(told) == 1 and told[0].startswith("rank 1: checkpoint ") and "got No space left" in told[0]
+        got = {"write": "got No space left", "copy": "; got MemoryError no more; use trainer.async_save=false"}[fails]
+        assert told[0].startswith("rank 1: checkpoint ") and got in told[0] and "step-00000001 is whole" in told[0]
+        assert ["rank 0: checkpoint" in line and "got No space left" in line for line in told[1:]] == [True] * (fails == "copy")
         assert there == ["step-00000001"]
     else:
         assert not told and there == ["step-00000001", "step-00000002"]
