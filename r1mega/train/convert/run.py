@@ -68,7 +68,7 @@ def convert(config: ConvertConfig, *, quiet: bool = False) -> dict[str, Any]:
             result["resumed_files"] = len(target.units)
             done = "is there already, whole and from this source"
         else:
-            _check_contents(place)
+            _check_contents(place, target.format)
             result["resumed_files"] = _work(config, source, target, identity, aside, place, quiet=quiet)
             done = f"written in {time.perf_counter() - began:.1f} s"
     result |= finish.summary(place)
@@ -106,13 +106,18 @@ def _check_place(place: Path, source: Path) -> None:
         raise UserError(f"target: a folder; got a file {place}; use another target=")
 
 
-def _check_contents(place: Path) -> None:
-    """Only an earlier conversion is replaced, and only where nobody has put anything of his own into it."""
+def _check_contents(place: Path, wanted: str) -> None:
+    """Only an earlier conversion to the same format is replaced, and only where nobody has put anything of his own into it."""
     if not place.is_dir() or not any(place.iterdir()):
         return
     strangers = finish.strangers(place)
     if strangers is None:
         raise UserError(f"target: a new folder or an earlier conversion; got {place} with other files; use another target=")
+    held = finish.ledger_of(place)["target"]["format"]
+    if held != wanted:
+        raise UserError(
+            f"target: a new folder or an earlier conversion to {wanted}; got one to {held}, {place}; use another target="
+        )
     if strangers:
         raise UserError(
             f"target: nothing but an earlier conversion; got {told(strangers)} in {place}; move it away, or use another target="

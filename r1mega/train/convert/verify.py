@@ -128,7 +128,10 @@ def told(found: dict[str, Any]) -> str:
 
 def _published_logits(folder: Path, tokens_BS: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # that it leaves MTP out is known
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         return model.eval()(tokens_BS).logits

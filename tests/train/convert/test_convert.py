@@ -324,6 +324,8 @@ def test_what_a_user_put_into_a_target_stays(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".native*"))
     (tmp_path / ".native.partial/journal").mkdir(parents=True)  # of another conversion that was cut off
     assert run(tmp_path / "hf", tmp_path / "native")["resumed_files"] == 1 and not list(tmp_path.glob(".native*"))
+    with pytest.raises(UserError, match="target: a new folder or an earlier conversion to hf; got one to native"):
+        run(tmp_path / "hf", tmp_path / "native", format="hf")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="target: a folder; got a file"):
         run(tmp_path / "hf", tmp_path / "file")
