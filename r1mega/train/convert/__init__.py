@@ -1,4 +1,5 @@
-"""Conversion between published checkpoints (Hugging Face folders of safetensors) and native ones (Megatron's distributed format).
+"""Checkpoints between Hugging Face's format and Megatron's: ``run`` is the command, ``sources`` reads, ``targets`` plans and writes.
 
-``shards`` and ``native`` read and write the two kinds of files, a tensor at a time; ``fp8`` is DeepSeek's block-scaled format.
+``shards`` and ``native`` are the two formats' files, ``disk`` and ``records`` the bytes below them, ``fp8`` the scales; ``ledger``
+balances the books, ``finish`` publishes with ``card`` and lineage, ``verify`` looks again.
 """

@@ -20,12 +20,11 @@ from r1mega.config.errors import UserError
 from r1mega.model.names import SCALE, Part, native_shapes, parts
 from r1mega.train.convert import fp8
 from r1mega.train.convert.native import NativeFile
-from r1mega.train.convert.shards import NAMES, TORCH, ShardWriter, file_name
+from r1mega.train.convert.shards import NAMES, TORCH, ShardWriter, file_name, shard_names
 from r1mega.train.convert.sources import NativeSource, Piece, PublishedSource, region_name, sha256
 
 Source = PublishedSource | NativeSource
 F8 = "F8_E4M3"
-BLOCK = 128
 WANTED = {"bf16": "BF16", "fp32": "F32"}
 """``dtype=`` to safetensors' names."""
 
@@ -106,7 +105,7 @@ class PublishedTarget:
             dtype = self.dtype_of(part)
             yield Item(part.name, dtype, part.shape, "weight", part)
             if dtype == F8:
-                yield Item(part.name + SCALE, "F32", tuple(-(-size // BLOCK) for size in part.shape), "scale", part)
+                yield Item(part.name + SCALE, "F32", tuple(-(-size // fp8.BLOCK) for size in part.shape), "scale", part)
         for name in self.source.derived:
             value, _ = self.source.read_derived(name)
             yield Item(name, NAMES[value.dtype], tuple(value.shape), "derived")
@@ -271,15 +270,9 @@ def _working_bytes(item: Item, stored: str) -> int:
 
 def _filled(items: list[Item], shard_bytes: int) -> list[list[Item]]:
     """Items in their order, as many a file as fit."""
-    groups: list[list[Item]] = [[]]
-    size = 0
-    for item in items:
-        if groups[-1] and size + item.num_bytes > shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(item)
-        size += item.num_bytes
-    return groups
+    by_name = {item.name: item for item in items}
+    groups = shard_names({item.name: item.num_bytes for item in items}, shard_bytes)
+    return [[by_name[name] for name in group] for group in groups]
 
 
 def _record(item: Item, value: torch.Tensor, file: str, how: str, records: dict[str, Any]) -> dict[str, Any]:
