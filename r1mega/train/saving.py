@@ -34,16 +34,12 @@ from r1mega.config.train import PretrainConfig, SftConfig, TrainerConfig
 from r1mega.files import published
 from r1mega.mesh import Mesh
 from r1mega.train import hostmemory, manifest
+from r1mega.train.convert.native import CONTENT
 from r1mega.train.exporting import Exporter
 from r1mega.train.hostmemory import HostMemory
 from r1mega.train.lineage import Lineage
 from r1mega.train.trainee import Trainee
 
-SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,  # moments are named after their weights, whichever part of the optimizer holds them
-}
 LONGEST_PAUSE = 0.05
 """Seconds between two looks at a save that is waited for."""
 CLOSING_SECONDS = 60.0
@@ -146,7 +142,7 @@ class Saver:
             aside = self.folder / f".{final.name}.tmp"
             rng = mesh.gather_everywhere(mesh.device.rng_state())
             self._on_first(lambda: self._make(aside))
-            sharded_state = sharded(trainee, loading=False) | {"content_metadata": dict(SHARDING)}
+            sharded_state = sharded(trainee, loading=False) | {"content_metadata": dict(CONTENT)}
             job = _Job(state.step, aside, final, None, {})
 
             def take() -> None:
@@ -409,7 +405,7 @@ def sharded(trainee: Trainee, *, loading: bool, with_optimizer: bool = True) -> 
         if loading:
             trainee.allocate_moments()
         state["optimizer"] = trainee.optimizer.sharded_state_dict(
-            trainee.held.sharded_state_dict(metadata=metadata), is_loading=loading, metadata=SHARDING
+            trainee.held.sharded_state_dict(metadata=metadata), is_loading=loading, metadata=CONTENT
         )
     return state
 

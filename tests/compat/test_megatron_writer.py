@@ -96,7 +96,7 @@ def test_plain_megatron_writes_the_same_tensors(trainee, tmp_path: Path) -> None
             return SimpleNamespace(execute_sync=lambda: None)
 
     dist_checkpointing.save(
-        saving.sharded(trainee, loading=False), str(theirs), Here("torch_dist", 1, thread_count=1), content_metadata=saving.SHARDING
+        saving.sharded(trainee, loading=False), str(theirs), Here("torch_dist", 1, thread_count=1), content_metadata=saving.CONTENT
     )
     left, right = (
         stored(ours),

@@ -35,9 +35,9 @@ FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common
 CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,
+    "chained_optim_avoid_prefix": True,  # moments are named after their weights, whichever part of the optimizer holds them
 }
-"""``content_metadata`` of ``common.pt``, as the trainer's checkpoints have it: how an optimizer's part, if any, is laid out."""
+"""``content_metadata`` of ``common.pt``, the trainer's checkpoints' too: how an optimizer's part, if any, is laid out."""
 OBJECT = "object"
 """``Chunk.dtype`` of an object."""
 AGAIN = "use an older checkpoint"
