@@ -34,6 +34,7 @@ from r1mega.config.train import PretrainConfig, SftConfig, TrainerConfig
 from r1mega.files import published
 from r1mega.mesh import Mesh
 from r1mega.train import hostmemory, manifest
+from r1mega.train.convert.disk import sync
 from r1mega.train.convert.native import CONTENT
 from r1mega.train.exporting import Exporter
 from r1mega.train.hostmemory import HostMemory
@@ -434,12 +435,3 @@ def clear(folder: Path) -> None:
     """Remove what killed processes left half written or half removed."""
     for rest in folder.glob(".step-*"):
         shutil.rmtree(rest, ignore_errors=True)
-
-
-def sync(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

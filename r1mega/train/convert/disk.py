@@ -27,6 +27,15 @@ def octets(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
 
 
+def sync(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def fill(descriptor: int, offset: int, into: memoryview) -> int:
     """Read ``into`` full from ``offset`` on; returns the bytes that were there. Many threads may read one descriptor."""
     done = 0
@@ -99,11 +108,7 @@ class Sink:
             os.close(self._descriptor)
             self._descriptor = -1
             os.rename(self.part, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync(self.path.parent)
         return self.bytes, self._hash.hexdigest()
 
     def discard(self) -> None:

@@ -20,6 +20,7 @@ from r1mega.model.names import SCALE
 from r1mega.model.published import published_config
 from r1mega.train import lineage, manifest
 from r1mega.train.convert import card
+from r1mega.train.convert.disk import sync
 from r1mega.train.convert.native import Chunk, write_metadata
 from r1mega.train.convert.shards import write_index
 from r1mega.train.convert.sources import KEPT_DERIVED, LEDGER, OWN, SCALES, STATED, PublishedSource, read_json
@@ -82,12 +83,12 @@ def publish(source, target, ledger: dict[str, Any], journal: list[dict[str, Any]
     else:
         _published(source, target, ledger, aside, place)
     for folder in (*(path for path in aside.rglob("*") if path.is_dir()), aside):
-        _sync(folder)
+        sync(folder)
     old = place.with_name(f".{place.name}.old")
     if place.exists():
         place.rename(old)
     aside.rename(place)
-    _sync(place.parent)
+    sync(place.parent)
     shutil.rmtree(place / "journal")
     shutil.rmtree(old, ignore_errors=True)
 
@@ -204,14 +205,6 @@ def _flushed(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check_files(place: Path, *, hashes: bool) -> None:

@@ -41,7 +41,7 @@ def verify(source: Path, place: Path, config: ConvertConfig) -> dict[str, Any]:
         ours, found = left.read(part), right.read(theirs)
         _check_records(ledger["source"]["tensors"], ours.records, f"source {source}")
         _check_records(ledger["target"]["tensors"], found.records, f"target {place}")
-        _check_numbers(part, ours, found, right, ledger, place)
+        _check_numbers(part, ours, found, place)
         compared += 1
     for name in left.derived:
         _check_records(ledger["source"]["tensors"], left.read_derived(name)[1], f"source {source}")
@@ -70,7 +70,7 @@ def _check_records(wanted: dict[str, Any], found: dict[str, Any], where: str) ->
             raise UserError(f"{where}: {name} is what the ledger says; got other content; fetch or convert it again")
 
 
-def _check_numbers(part: Part, ours: Piece, found: Piece, right, ledger: dict[str, Any], place: Path) -> None:
+def _check_numbers(part: Part, ours: Piece, found: Piece, place: Path) -> None:
     """What was written is what the source's numbers become in its dtype."""
     if found.scale is None:
         wanted = (
