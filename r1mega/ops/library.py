@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,13 +23,13 @@ from r1mega.config.errors import UserError
 
 NAMESPACE = "r1mega"
 BUILD = "python setup.py build_ext --inplace"
-FILES = ("r1mega.ops.permute",)
-"""The modules that hold ops, each as ``OPS``."""
+FP32_BF16 = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of an op for tests. ``make(dtype, device)`` gives them; tensors of a floating type are differentiated."""
+    """Arguments of an op for tests. ``make(dtype, device)`` gives them, the same ones each time; tensors of a floating type are
+    differentiated, but for fp8 ones."""
 
     name: str
     make: Callable[[torch.dtype, torch.device], tuple[Any, ...]]
@@ -38,17 +39,21 @@ class Case:
 class Op:
     """One op, complete.
 
-    ``schema``: as in ``csrc/library.cpp``. ``reference``: plain torch, the values that every kernel is tested against, on any
-    device and without a wait for it. ``fake``: shapes and dtypes. ``setup_context`` and ``backward``: of
-    ``torch.library.register_autograd``.
+    ``schema``: as in ``csrc/library.cpp``; arguments that it changes are marked ``(a!)``. ``reference``: plain torch, the values
+    that every kernel is tested against, on any device and without a wait for it. ``fake``: shapes, strides and dtypes.
+    ``setup_context`` and ``backward``: of ``torch.library.register_autograd``; None: the op has no gradient. ``dtypes``: what its
+    cases are made of. ``exact``: kernels give the reference's bits; otherwise their error against the reference in fp64 is at most
+    twice the reference's own in the case's dtype, of values and of gradients (those that autograd finds through the reference).
     """
 
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
-    setup_context: Callable[..., None]
-    backward: Callable[..., Any]
+    setup_context: Callable[..., None] | None = None
+    backward: Callable[..., Any] | None = None
     cases: tuple[Case, ...] = field(default=())
+    dtypes: tuple[torch.dtype, ...] = (*FP32_BF16, torch.float64)
+    exact: bool = True
 
     @property
     def name(self) -> str:
@@ -80,7 +85,8 @@ def load() -> bool:
         library.impl(op.name, op.reference, "CompositeExplicitAutograd")
         name = f"{NAMESPACE}::{op.name}"
         torch.library.register_fake(name, op.fake, lib=library)
-        torch.library.register_autograd(name, op.backward, setup_context=op.setup_context, lib=library)
+        if op.backward is not None:
+            torch.library.register_autograd(name, op.backward, setup_context=op.setup_context, lib=library)
     _keep.append(library)
     return built
 
@@ -90,8 +96,10 @@ _keep: list[torch.library.Library] = []
 
 
 def all_ops() -> tuple[Op, ...]:
-    """Every op, from the modules of :data:`FILES`."""
-    return tuple(op for name in FILES for op in importlib.import_module(name).OPS)
+    """Every op: those that a module of this folder lists as ``OPS``, in the order of the modules' names."""
+    names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    modules = (importlib.import_module(f"r1mega.ops.{name}") for name in names)
+    return tuple(op for module in modules for op in getattr(module, "OPS", ()))
 
 
 def _load_library() -> bool:

@@ -1,0 +1,69 @@
+// Block-scaled E4M3 as DeepSeek-V3 trains with it (arXiv 2412.19437, section 3.3), the same bits on every device.
+//
+//   scale = max(largest |x| of the block, 2^-100) / 448, rounded up to a power of two on request
+//   payload = e4m3(x * (1 / scale)), to the nearest, ties to even, at most 448 in magnitude
+//
+// The largest magnitude is found among the bits of |x| as integers: NaN is above infinity there, so a block that holds either has a
+// scale that is not finite, and its numbers are NaN when they are read back.
+
+#pragma once
+
+#include <c10/macros/Macros.h>
+#include <c10/util/bit_cast.h>
+
+#include <cstdint>
+
+#if defined(__CUDA_ARCH__)
+#include <cuda_fp8.h>
+#else
+#include <c10/util/Float8_e4m3fn.h>
+#endif
+
+namespace r1mega {
+
+constexpr int64_t kBlock = 128;          // numbers a scale has along a blocked side
+constexpr float kLargestE4M3 = 448.0f;
+constexpr float kSmallestAmax = 0x1p-100f;
+
+C10_HOST_DEVICE inline uint32_t float_bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  return c10::bit_cast<uint32_t>(x);
+#endif
+}
+
+C10_HOST_DEVICE inline float bits_float(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  return c10::bit_cast<float>(bits);
+#endif
+}
+
+// |x| as an integer that orders as |x| does, NaN above all; the largest of a block is the maximum of these.
+C10_HOST_DEVICE inline uint32_t magnitude(float x) { return float_bits(x) & 0x7fffffffu; }
+
+// The block's scale from the largest magnitude().
+C10_HOST_DEVICE inline float block_scale(uint32_t largest, bool power_of_two) {
+  const uint32_t smallest = float_bits(kSmallestAmax);
+  const float scale = bits_float(largest > smallest ? largest : smallest) / kLargestE4M3;
+  if (!power_of_two) return scale;
+  const uint32_t bits = float_bits(scale);
+  if (bits >= 0x7f800000u) return scale;  // infinity or NaN
+  return bits_float((bits & 0x007fffffu) ? (bits & 0x7f800000u) + 0x00800000u : bits);
+}
+
+// The payload's byte of x in a block of this 1 / scale.
+C10_HOST_DEVICE inline uint8_t to_e4m3(float x, float inverse_scale) {
+  const float scaled = x * inverse_scale;
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint8_t>(__nv_cvt_float_to_fp8(scaled, __NV_SATFINITE, __NV_E4M3));
+#else
+  // what E4M3 cannot hold goes to its largest number; NaN stays (both comparisons are false)
+  const float held = scaled > kLargestE4M3 ? kLargestE4M3 : scaled < -kLargestE4M3 ? -kLargestE4M3 : scaled;
+  return c10::detail::fp8e4m3fn_from_fp32_value(held);
+#endif
+}
+
+}  // namespace r1mega
