@@ -8,4 +8,6 @@ TORCH_LIBRARY(r1mega, m) {
       "permute(Tensor tokens, Tensor probs, Tensor routing_map, SymInt num_rows, SymInt width) "
       "-> (Tensor rows, Tensor row_probs, Tensor counts, Tensor row_tokens, Tensor token_rows)");
   m.def("unpermute(Tensor rows, Tensor token_rows, Tensor row_tokens) -> Tensor tokens");
+  m.def("accumulate_product_(Tensor(a!) out, Tensor left, Tensor right) -> ()");
+  m.def("accumulate_grouped_(Tensor(a!) out, Tensor left, Tensor right, Tensor ends) -> ()");
 }

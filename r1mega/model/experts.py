@@ -17,7 +17,8 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 
 from r1mega.device import allocation_device
-from r1mega.model.linear import accumulate, deferred
+from r1mega.model.linear import weight_gradient
+from r1mega.ops.accumulate import accumulate_grouped_, accumulate_product_
 
 
 def _drawn_by_rank(groups) -> contextlib.AbstractContextManager:
@@ -133,15 +134,6 @@ def _swiglu(hidden_R2F: torch.Tensor, probs_R: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate) * up * probs_R.unsqueeze(-1)).to(hidden_R2F.dtype)
 
 
-def _weight_gradient(weight: torch.nn.Parameter, compute: Callable[[], torch.Tensor]) -> torch.Tensor | None:
-    """The gradient now; or None, and whoever collects weight gradients adds it later."""
-    store = deferred()
-    if store is None:
-        return compute()
-    store.add(lambda: accumulate(weight, compute()))
-    return None
-
-
 class _Linears(torch.autograd.Function):
     """``F.linear(rows_i, weight[i])`` for each expert, one node, so that the stack's gradient is made once."""
 
@@ -159,7 +151,11 @@ class _Linears(torch.autograd.Function):
         def compute() -> torch.Tensor:
             return torch.stack([grad.t().mm(part) for grad, part in zip(grads, rows, strict=True)])
 
-        return _weight_gradient(weight, compute) if ctx.needs_input_grad[0] else None, *grad_rows
+        def add(out: torch.Tensor) -> None:
+            for own, grad, part in zip(out.unbind(0), grads, rows, strict=True):
+                accumulate_product_(own, grad, part)
+
+        return weight_gradient(weight, compute, add) if ctx.needs_input_grad[0] else None, *grad_rows
 
 
 class _GroupedLinears(torch.autograd.Function):
@@ -179,4 +175,7 @@ class _GroupedLinears(torch.autograd.Function):
         def compute() -> torch.Tensor:
             return F.grouped_mm(grad.t(), rows, offs=offsets)
 
-        return _weight_gradient(weight, compute) if ctx.needs_input_grad[0] else None, grad_rows, None
+        def add(out: torch.Tensor) -> None:
+            accumulate_grouped_(out, grad, rows, offsets)
+
+        return weight_gradient(weight, compute, add) if ctx.needs_input_grad[0] else None, grad_rows, None

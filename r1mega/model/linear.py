@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+from r1mega.ops.accumulate import accumulate_product_
+from r1mega.ops.library import FP32_BF16
+
 
 class WeightGradients:
     """Weight gradients that are still to be computed, by a key (stage and microbatch)."""
@@ -66,6 +69,36 @@ def accumulate(weight: torch.nn.Parameter, grad: torch.Tensor) -> None:
         weight.grad.add_(grad)
 
 
+def weight_gradient(
+    weight: torch.nn.Parameter, compute: Callable[[], torch.Tensor], add: Callable[[torch.Tensor], None]
+) -> torch.Tensor | None:
+    """What a backward pass returns for ``weight``: ``compute()``, or None where the gradient is added to its place, now or later.
+
+    ``add(out)`` adds the same to a float32 tensor in place; it serves weights with Megatron's ``main_grad``, which so never have a
+    gradient as a tensor of its own. None and not Megatron's mark ``grad_added_to_main_grad``: under the mark its hook drops all of
+    ``weight.grad``, and with it what another user of a shared weight (a tied embedding) has returned; without it the hook adds
+    that, and nothing for us. The hook has to find a tensor only where DDP overlaps its sums with the backward pass, which ours
+    does not.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    in_place = main_grad is not None and main_grad.dtype == torch.float32 and weight.dtype in FP32_BF16
+
+    def put() -> None:
+        if in_place:
+            add(main_grad)
+        else:
+            accumulate(weight, compute())
+
+    later = deferred()
+    if later is not None:
+        later.add(put)
+        return None
+    if in_place:
+        add(main_grad)
+        return None
+    return compute()
+
+
 class _SplitLinear(torch.autograd.Function):
     """``x W^T`` with the tensor axis's collectives: gather before it and reduce-scatter behind the input's gradient, or its sum."""
 
@@ -89,16 +122,19 @@ class _SplitLinear(torch.autograd.Function):
             grad_x = grad_x.contiguous()
             dist.all_reduce(grad_x, group=group)
 
-        def grad_weight() -> torch.Tensor:
+        def rows() -> tuple[torch.Tensor, torch.Tensor]:
             whole = _gathered(x, group) if gathers else x
-            return grad.reshape(-1, grad.shape[-1]).t().matmul(whole.reshape(-1, whole.shape[-1]))
+            return grad.reshape(-1, grad.shape[-1]), whole.reshape(-1, whole.shape[-1])
 
-        later = deferred()
-        if later is None:
-            return grad_x, grad_weight() if ctx.needs_input_grad[1] else None, None, None, None
-        if ctx.needs_input_grad[1]:
-            later.add(lambda: accumulate(parameter, grad_weight()))
-        return grad_x, None, None, None, None
+        def compute() -> torch.Tensor:
+            left, right = rows()
+            return left.t().matmul(right)
+
+        def add(out: torch.Tensor) -> None:
+            accumulate_product_(out, *rows())
+
+        grad_weight = weight_gradient(parameter, compute, add) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None, None, None
 
 
 def _gathered(x_SBD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
