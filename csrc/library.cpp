@@ -8,4 +8,8 @@ TORCH_LIBRARY(r1mega, m) {
       "permute(Tensor tokens, Tensor probs, Tensor routing_map, SymInt num_rows, SymInt width) "
       "-> (Tensor rows, Tensor row_probs, Tensor counts, Tensor row_tokens, Tensor token_rows)");
   m.def("unpermute(Tensor rows, Tensor token_rows, Tensor row_tokens) -> Tensor tokens");
+  m.def(
+      "route(Tensor logits, Tensor? bias, int top_k, int num_groups, int topk_groups, str score_function, float scale) "
+      "-> (Tensor probs, Tensor routing_map, Tensor counts, Tensor offsets)");
+  m.def("route_backward(Tensor grad_probs, Tensor logits, Tensor routing_map, str score_function, int top_k, float scale) -> Tensor");
 }
