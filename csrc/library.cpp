@@ -10,4 +10,8 @@ TORCH_LIBRARY(r1mega, m) {
   m.def("unpermute(Tensor rows, Tensor token_rows, Tensor row_tokens) -> Tensor tokens");
   m.def("accumulate_product_(Tensor(a!) out, Tensor left, Tensor right) -> ()");
   m.def("accumulate_grouped_(Tensor(a!) out, Tensor left, Tensor right, Tensor ends) -> ()");
+  m.def(
+      "route(Tensor logits, Tensor? bias, int top_k, int num_groups, int topk_groups, str score_function, float scale) "
+      "-> (Tensor probs, Tensor routing_map, Tensor counts, Tensor offsets)");
+  m.def("route_backward(Tensor grad_probs, Tensor logits, Tensor routing_map, str score_function, int top_k, float scale) -> Tensor");
 }
