@@ -1,11 +1,12 @@
 // accumulate_product_ and accumulate_grouped_ on a GPU.
 //
-// A product of bf16 matrices goes straight into out (cuBLAS with an fp32 result and beta 1). Products by expert go through torch's
-// grouped_mm, which takes the experts' ends from the device and rounds to bf16, in pieces of out's rows so that the rounded products
-// stay small; our kernel adds a piece. What grouped_mm does not take (fp32, widths that are no multiple of 8) goes through a plain
-// tiled kernel.
+// A product of bf16 matrices goes straight into out (cuBLAS with an fp32 result and beta 1). Products by expert go through our kernel
+// of grouped.cu on Hopper; for widths that it does not take through torch's grouped_mm, which takes the experts' ends from the device
+// and rounds to bf16, in pieces of out's rows so that the rounded products stay small, and a kernel that adds a piece; and what
+// grouped_mm does not take (fp32, widths that are no multiple of 8) through a plain tiled kernel.
 
 #include "../common/device.cuh"
+#include "grouped.h"
 #include "op.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -155,6 +156,10 @@ void accumulate_grouped_cuda(at::Tensor& out, const at::Tensor& left_any, const 
   at::AutoDispatchBelowADInplaceOrView guard;
   const at::Tensor left = left_any.contiguous(), right = right_any.contiguous(), ends = ends_any.contiguous();
   const bool bf16 = left.scalar_type() == at::kBFloat16;
+  if (fits_wgmma(out, left, right)) {
+    accumulate_grouped_wgmma(out, left, right, ends);
+    return;
+  }
   if (bf16 && fits16(static_cast<const __nv_bfloat16*>(left.const_data_ptr()), N) &&
       fits16(static_cast<const __nv_bfloat16*>(right.const_data_ptr()), K)) {
     add_grouped_rounded(out, left, right, ends, sizes);

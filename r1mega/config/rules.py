@@ -29,6 +29,7 @@ from r1mega.config.parallel_rules import (
     whole_model_violations,
     world_size,
 )
+from r1mega.config.precision_rules import precision_violations, width_violations
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RewardConfig, RlConfig
 from r1mega.config.run import ComputeConfig, LogConfig
 from r1mega.config.saving_rules import export_violations
@@ -94,6 +95,7 @@ def cross_violations(config: Any) -> Iterator[Violation]:
     if isinstance(config, ComputeConfig):
         yield from launch_violations(config)
         yield from layout_violations(config)
+        yield from precision_violations(config)
         yield from _log(config.log)
     if isinstance(config, PretrainConfig | SftConfig):
         yield from choice_violations(config)
@@ -138,6 +140,7 @@ def _cut(config: PretrainConfig | SftConfig, model: ModelConfig) -> Iterator[Vio
     except UserError:  # choice_violations tells it
         stages = parallel.pipeline
     yield from model_violations(model, parallel, world, stages)
+    yield from width_violations(config.precision, model, parallel)
 
 
 def _length(config: PretrainConfig) -> Iterator[Violation]:

@@ -99,9 +99,17 @@ class ParallelConfig:
 
 @dataclass
 class PrecisionConfig:
-    """Number formats of parameters and activations; master weights, gradients and moments are fp32."""
+    """Number formats of parameters, activations and matrix products; master weights and gradients are fp32."""
 
     dtype: str = knob("fp32", "format of parameters and activations", "name", **one_of("fp32", "bf16"))
+    products: str = knob(
+        "plain",
+        "matrix products of linear layers and experts: plain: in dtype; fp8: E4M3 in blocks of 1x128 and 128x128 (V3 3.3), "
+        "embedding, head, router, norms and attention in dtype",
+        "name",
+        **one_of("plain", "fp8"),
+    )
+    power_of_two_scales: bool = knob(False, "with products=fp8: scales that are powers of two, as DeepSeek-V3.1 has", "bool")
 
 
 @dataclass

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 
 from r1mega.device import allocation_device
-from r1mega.model.linear import weight_gradient
+from r1mega.model.gradients import weight_gradient
 from r1mega.ops.accumulate import accumulate_grouped_, accumulate_product_
 
 
@@ -68,7 +68,7 @@ class GroupedExperts(MegatronModule):
     def forward(self, rows_RD: torch.Tensor, tokens_per_expert: torch.Tensor, probs_R: torch.Tensor):
         """``rows_RD``: tokens sorted by local slot; ``tokens_per_expert``: int64 ``[e]``, sum R. Returns ``([R, D], None)``.
 
-        Weight gradients are put off where :func:`r1mega.model.linear.deferred` has a store while the backward pass runs.
+        Weight gradients are put off where :func:`r1mega.model.gradients.deferred` has a store while the backward pass runs.
         """
         if rows_RD.is_cuda and rows_RD.dtype == torch.bfloat16 and len(rows_RD):
             offsets = tokens_per_expert.to(rows_RD.device).cumsum(0).to(torch.int32)

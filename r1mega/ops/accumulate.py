@@ -27,9 +27,10 @@ def accumulate_grouped_(out_eNK: torch.Tensor, left_RN: torch.Tensor, right_RK: 
 
     ``out_eNK``: float32, contiguous. ``left_RN``, ``right_RK``: both float32 or both bfloat16, any strides. ``ends_e``: int32,
     ascending, at most R, on out's device and never waited for; rows behind the last end do not count. On a CPU other ends raise
-    ValueError; elsewhere they are the caller's promise. An expert without rows keeps its bits. Sums are in fp32; on a GPU a
-    bfloat16 expert's product is rounded to bfloat16 once before it is added (as the gradient of a bfloat16 weight is in torch), and
-    at most 128 MiB of such products are held, or 128 rows of each expert. The same input gives the same bits. No gradient.
+    ValueError; elsewhere they are the caller's promise. An expert without rows keeps its bits. Sums are in fp32. On a Hopper
+    GPU nothing is rounded where N is a multiple of 256 and K of 8; elsewhere on a GPU a bfloat16 expert's product is rounded to
+    bfloat16 once before it is added (as the gradient of a bfloat16 weight is in torch), and at most 128 MiB of such products are
+    held, or 128 rows of each expert. The same input gives the same bits. No gradient.
     """
     ACCUMULATE_GROUPED.packet(out_eNK, left_RN, right_RK, ends_e)
 
@@ -121,6 +122,8 @@ ACCUMULATE_GROUPED = Op(
         Case("non-contiguous", _grouped_case((6, 10), 16, 8, strided=True)),
         Case("extreme values", _grouped_case((6, 10), 16, 8, scale=1e15)),
         Case("all to one expert", _grouped_case((0, 70, 0, 0), 72, 136)),
+        Case("whole tiles", _grouped_case((64, 0, 192, 128), 512, 264)),
+        Case("ragged tiles", _grouped_case((1, 130, 0, 77), 256, 520, behind=50)),
     ),
     dtypes=FP32_BF16,
     exact=False,

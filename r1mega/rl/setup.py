@@ -46,7 +46,7 @@ def over_context(mesh: Mesh, count: int, work: Callable[[slice], list[Any]]) -> 
 
 def open_policy(config: ComputeConfig, init: Path, mesh: Mesh, optim: OptimConfig | None, changes: dict[str, Any]) -> Policy:
     """A policy with a checkpoint's weights."""
-    policy = Policy(tuned_model(init, changes), optim, mesh, config.precision.dtype)
+    policy = Policy(tuned_model(init, changes), optim, mesh, config.precision)
     policy.load(init, weights_only=True)
     return policy
 

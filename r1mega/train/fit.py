@@ -93,7 +93,7 @@ def fit(config: PretrainConfig | SftConfig, model: ModelConfig, open_source: Cal
         check_tokenizer(meta, tokenizer_hash=expected, vocab_size=model.vocab_size)
     with stop.heeding(), watched(mesh, Path(config.out), "trainer.micro_batch_size or data.sequence_length") as watch:
         pipeline = config.pipeline.build(config.parallel.pipeline)
-        watch.trainee = trainee = Trainee(model, config.optim, mesh, config.precision.dtype, pipeline, config.dispatcher)
+        watch.trainee = trainee = Trainee(model, config.optim, mesh, config.precision, pipeline, config.dispatcher)
         run = _Run(config, model, mesh, source, trainee)
         with run.saver:
             run.start()

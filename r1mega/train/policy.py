@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from r1mega.config.model import ModelConfig
+from r1mega.config.run import PrecisionConfig
 from r1mega.config.train import OptimConfig
 from r1mega.mesh import Mesh
 from r1mega.model import names, published
@@ -34,10 +35,10 @@ class HasTokens(Protocol):
 class Policy:
     """One model under reinforcement, or, without ``optim``, a model to be asked."""
 
-    def __init__(self, model: ModelConfig, optim: OptimConfig | None, mesh: Mesh, dtype: str):
+    def __init__(self, model: ModelConfig, optim: OptimConfig | None, mesh: Mesh, precision: PrecisionConfig | str):
         self.model_config, self.mesh = model, mesh
         self.part = ContextPart.of(mesh.axes["context"])
-        self.trainee = Trainee(model, optim, mesh, dtype)
+        self.trainee = Trainee(model, optim, mesh, precision)
         self._reference: dict[str, torch.Tensor] | None = None
 
     @property

@@ -14,10 +14,13 @@ import torch
 
 from r1mega.compat import megatron_balance, megatron_mtp
 from r1mega.config.model import ModelConfig
+from r1mega.config.run import PrecisionConfig
 from r1mega.config.train import OptimConfig
 from r1mega.device import DTYPES
 from r1mega.mesh import Mesh
 from r1mega.model.build import build_stages, transformer_config
+from r1mega.model.fp8.use import use_products
+from r1mega.model.fp8.weights import kept_weights
 from r1mega.train import gradients
 from r1mega.train.pipeline.run import Executor
 from r1mega.train.pipeline.schedule import Pipeline
@@ -54,22 +57,26 @@ class Trainee:
         model: ModelConfig,
         optim: OptimConfig | None,
         mesh: Mesh,
-        dtype: str,
+        precision: PrecisionConfig | str,
         pipeline: Pipeline | None = None,
         dispatcher: Any = None,
     ):
-        """Build fresh weights; ``optim`` None: for scoring alone. ``dtype``: a key of ``device.DTYPES``.
+        """Build fresh weights; ``optim`` None: for scoring alone. ``precision``: number formats, or a dtype's name alone.
 
-        ``pipeline``: None for 1F1B; ``dispatcher``: a choice, None for all-to-all.
+        ``pipeline``: None for 1F1B; ``dispatcher``: a choice, None for all-to-all. Raises UserError for a model whose experts are
+        not whole blocks where products are in FP8, and where a package for them is missing.
         """
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-        self.model_config, self.mesh, self.dtype = model, mesh, DTYPES[dtype]
+        if isinstance(precision, str):
+            precision = PrecisionConfig(dtype=precision)
+        self.model_config, self.mesh, self.dtype = model, mesh, DTYPES[precision.dtype]
         self.pipeline = pipeline or default_pipeline(mesh.axes["pipeline"].size)
         self.config = transformer_config(model, mesh.parallel, self.dtype)
         placement, here = self.pipeline.placement, mesh.axes["pipeline"].rank
         built = build_stages(model, self.config, mesh.megatron_groups(), placement, mesh.parallel.stages, dispatcher)
         self.stages = [stage.to(mesh.device.torch_device) for stage in built]
+        use_products(self.stages, precision, model, mesh.parallel)
         held = Stages(self.stages)
         self.embedding_copy = gradients.EmbeddingCopy(
             mesh, self.stages, placement, needed=model.tie_embeddings or bool(model.num_mtp_layers)
@@ -212,7 +219,8 @@ class Trainee:
             value, items, stats = loss(output, batch)
             return value, (float(value.detach()), items, stats)
 
-        kept = self.executor.run(microbatches, forward_one, loss_of, forward_only=forward_only)
+        with kept_weights():  # no weight changes between the microbatches of a step
+            kept = self.executor.run(microbatches, forward_one, loss_of, forward_only=forward_only)
         names = self._stat_names(kept)
         sums = [
             sum(item[0] for item in kept),

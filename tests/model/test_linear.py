@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from r1mega.model.linear import WeightGradients, _SplitLinear
+from r1mega.model.gradients import WeightGradients
+from r1mega.model.linear import _SplitLinear
 
 TOKENS = torch.tensor([[0, 3, 3], [5, 1, 0]])
 

@@ -165,7 +165,7 @@ def test_the_grouped_kernel_splits_its_gradient_as_autograd_does() -> None:
 
 @pytest.mark.parametrize("main_grad", [False, True])
 def test_weight_gradients_can_come_later_and_are_the_same(main_grad) -> None:
-    from r1mega.model.linear import WeightGradients
+    from r1mega.model.gradients import WeightGradients
 
     one_rank()
     built = layer(ParallelConfig())

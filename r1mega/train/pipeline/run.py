@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from r1mega.mesh import Mesh
-from r1mega.model.linear import WeightGradients
+from r1mega.model.gradients import WeightGradients
 from r1mega.train.pipeline.schedule import FORWARD, INPUT_GRAD, WEIGHT_GRAD, Action, Pipeline, rank_of_stage
 from r1mega.train.pipeline.timeline import Event
 

@@ -1,0 +1,35 @@
+"""Rules of number formats: against the device, and against the widths of the model. In: a config; out: Violations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from r1mega.config.errors import Violation
+from r1mega.config.model import ModelConfig
+from r1mega.config.model_rules import multiples
+from r1mega.config.run import ComputeConfig, ParallelConfig, PrecisionConfig
+
+BLOCK = 128
+"""Numbers of a row that share a scale."""
+
+
+def precision_violations(config: ComputeConfig) -> Iterator[Violation]:
+    """Formats against the device."""
+    precision = config.precision
+    if precision.products == "fp8" and config.device.kind == "cuda" and precision.dtype != "bf16":
+        key, rule = "precision.dtype", "bf16 with precision.products=fp8 on a GPU, whose products give bf16"
+        yield Violation(key, rule, precision.dtype, ((key, ("bf16",)), ("precision.products", ("plain",))))
+
+
+def width_violations(precision: PrecisionConfig, model: ModelConfig, parallel: ParallelConfig) -> Iterator[Violation]:
+    """Experts are made of whole blocks; a linear layer that is not keeps its products in dtype."""
+    if precision.products != "fp8" or model.num_layers <= model.first_k_dense:
+        return
+    for name, width, step in (
+        ("hidden_size", model.hidden_size, BLOCK),
+        ("moe_ffn_size", model.moe_ffn_size, BLOCK * parallel.expert_tensor),
+    ):
+        if width % step:
+            cut = f" x parallel.expert_tensor {parallel.expert_tensor}" if step > BLOCK else ""
+            key, rule = f"model.{name}", f"a multiple of {BLOCK}{cut} with precision.products=fp8"
+            yield Violation(key, rule, width, ((key, multiples(step, width)), ("precision.products", ("plain",))))

@@ -1,0 +1,105 @@
+"""Products of block-scaled E4M3 matrices: on a GPU by torch's scaled product and DeepGEMM, elsewhere from what the numbers mean.
+
+    payload * scale, the scale of each 1x128 block of a row (activations, gradients) or each 128x128 block (weights)
+
+Sums are in fp32. On a Hopper GPU both sides' numbers of rows and columns are multiples of 128 (:data:`BLOCK`).
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from r1mega.config.errors import UserError
+from r1mega.ops.quantize import Quantized
+
+BLOCK = 128
+
+
+class BlockQuantized(NamedTuple):
+    """A weight ``[..., N, K]`` in 128x128 blocks, as it is and transposed: the forward product's and the input gradient's side."""
+
+    payload: torch.Tensor
+    scales: torch.Tensor
+    payload_t: torch.Tensor
+    scales_t: torch.Tensor
+
+    @property
+    def transposed(self) -> BlockQuantized:
+        """The same weight as ``[..., K, N]``."""
+        return BlockQuantized(self.payload_t, self.scales_t, self.payload, self.scales)
+
+
+@functools.cache
+def deep_gemm() -> ModuleType:
+    """The package of grouped FP8 products. Raises UserError where it is missing."""
+    try:
+        import deep_gemm as package
+    except ImportError as error:
+        raise UserError(
+            f"precision.products: fp8 takes the experts' products from DeepGEMM; got {type(error).__name__}: {error}; "
+            "pip install 'r1mega[deepgemm]', or use precision=bf16"
+        ) from None
+    return package
+
+
+def rows_by_blocks(rows: Quantized, weight: BlockQuantized, dtype: torch.dtype) -> torch.Tensor:
+    """``rows [M, K]`` times ``weight [N, K]`` transposed: ``[M, N]`` in ``dtype``."""
+    if not rows.payload.is_cuda:
+        return (_of_rows(rows) @ _of_blocks(weight).t()).to(dtype)
+    kinds = F.ScalingType
+    scales = weight.scales
+    if scales.shape[1] % 4:  # the product reads each row of scales from an address that divides by 16
+        scales = F.pad(scales, (0, -scales.shape[1] % 4))
+    return F.scaled_mm(
+        rows.payload,
+        weight.payload.t(),
+        rows.scales,
+        kinds.BlockWise1x128,
+        scales.t(),
+        kinds.BlockWise128x128,
+        output_dtype=dtype,
+    )
+
+
+def add_rows_by_rows_(total: torch.Tensor, left: Quantized, right: Quantized) -> None:
+    """``total [N, K] += left [N, M] times right [K, M] transposed``, fp32: a weight's gradient, M the rows of the batch."""
+    if not left.payload.is_cuda:
+        total += _of_rows(left) @ _of_rows(right).t()
+        return
+    deep_gemm().fp8_gemm_nt(tuple(left), tuple(right), total, c=total, recipe=(1, 1, BLOCK))
+
+
+def grouped_rows_by_blocks(
+    rows: Quantized, weight: BlockQuantized, row_experts_R: torch.Tensor, ends_E: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Each expert's rows times its weight ``[N, K]`` transposed: ``[R, N]``. The rows behind the last expert's are left unset.
+
+    ``row_experts_R``: int32, -1 behind the last expert's rows; ``ends_E``: int32, multiples of 128. Nothing waits for a GPU.
+    """
+    payload = rows.payload
+    out = torch.empty(payload.shape[0], weight.payload.shape[1], dtype=dtype, device=payload.device)
+    if not payload.is_cuda:
+        values, start = _of_rows(rows), 0
+        for expert, end in enumerate(ends_E.tolist()):
+            own = BlockQuantized(*(part[expert] for part in weight))
+            out[start:end] = values[start:end] @ _of_blocks(own).t()
+            start = end
+    elif len(payload):
+        deep_gemm().m_grouped_fp8_gemm_nt_contiguous(tuple(rows), (weight.payload, weight.scales), out, row_experts_R)
+    return out
+
+
+def _of_rows(rows: Quantized) -> torch.Tensor:
+    wide = rows.payload.float()
+    return wide * rows.scales.repeat_interleave(BLOCK, dim=1)[:, : wide.shape[1]]
+
+
+def _of_blocks(weight: BlockQuantized) -> torch.Tensor:
+    wide = weight.payload.float()
+    scales = weight.scales.repeat_interleave(BLOCK, dim=0).repeat_interleave(BLOCK, dim=1)
+    return wide * scales[: wide.shape[0], : wide.shape[1]]

@@ -1,0 +1,45 @@
+"""Turn a built model's matrix products into FP8: which layers, and which stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from r1mega.config.errors import UserError
+from r1mega.config.model import ModelConfig
+from r1mega.config.precision_rules import width_violations
+from r1mega.config.run import ParallelConfig, PrecisionConfig
+from r1mega.model.experts import GroupedExperts
+from r1mega.model.fp8.linear import fits
+from r1mega.model.fp8.products import deep_gemm
+from r1mega.model.fp8.weights import Recipe
+from r1mega.model.linear import ColumnLinear, RowLinear
+
+KEPT = ("output_layer", "eh_proj")
+"""Linear layers that stay in their own format: the head (V3 3.3) and MTP's projection, which published checkpoints have in BF16."""
+
+
+def use_products(
+    stages: Sequence[torch.nn.Module], precision: PrecisionConfig, model: ModelConfig, parallel: ParallelConfig
+) -> None:
+    """Set the recipe of every layer that ``precision`` means; a linear layer that is not made of whole blocks keeps its format.
+
+    Raises UserError for experts that are not whole blocks, and on a GPU without DeepGEMM.
+    """
+    if precision.products == "plain":
+        return
+    faults = list(width_violations(precision, model, parallel))
+    if faults:
+        raise UserError("\n".join(map(str, faults)))
+    recipe = Recipe(precision.power_of_two_scales)
+    for stage in stages:
+        for name, module in stage.named_modules():
+            if isinstance(module, ColumnLinear | RowLinear):
+                # a layer that shares the embedding's weight has none of its own
+                own = module.weight is not None and name.rpartition(".")[2] not in KEPT and fits(module.weight.shape)
+                module.fp8 = recipe if own else None
+            elif isinstance(module, GroupedExperts):
+                module.fp8 = recipe
+                if module.weight1.is_cuda:
+                    deep_gemm()

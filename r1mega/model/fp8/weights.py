@@ -1,0 +1,58 @@
+"""Quantised weights: made from the parameter when a product needs them, kept for the microbatches of one optimizer step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from r1mega.model.fp8.products import BlockQuantized
+from r1mega.ops.quantize import quantize_blocks
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How numbers become FP8. ``power_of_two``: scales that are powers of two, as DeepSeek-V3.1 trains with."""
+
+    power_of_two: bool = False
+
+
+_kept: dict[int, tuple[torch.Tensor, BlockQuantized]] | None = None
+"""By the parameter's identity; the parameter beside it, so that no other takes its place while it is kept."""
+
+
+@contextlib.contextmanager
+def kept_weights() -> Iterator[None]:
+    """Inside, weights do not change: each is quantised once. Behind it the copies are gone. Does nothing inside itself."""
+    global _kept
+    if _kept is not None:
+        yield
+        return
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
+def quantized(weight: torch.Tensor, recipe: Recipe) -> BlockQuantized:
+    """``[N, K]`` or stacked ``[e, N, K]`` in 128x128 blocks, both ways round."""
+    if _kept is not None and id(weight) in _kept:
+        return _kept[id(weight)][1]
+    made = BlockQuantized(*quantize_blocks(weight.detach(), recipe.power_of_two, transposed=True))
+    if _kept is not None:
+        _kept[id(weight)] = weight, made
+    return made
+
+
+def added_to_zero(weight: torch.Tensor, add: Callable[[torch.Tensor], None]) -> Callable[[], torch.Tensor]:
+    """What ``add`` adds to an fp32 tensor, as a tensor in the weight's dtype: for weights without ``main_grad``."""
+
+    def compute() -> torch.Tensor:
+        total = torch.zeros_like(weight, dtype=torch.float32)
+        add(total)
+        return total.to(weight.dtype)
+
+    return compute
