@@ -14,4 +14,21 @@ TORCH_LIBRARY(r1mega, m) {
       "route(Tensor logits, Tensor? bias, int top_k, int num_groups, int topk_groups, str score_function, float scale) "
       "-> (Tensor probs, Tensor routing_map, Tensor counts, Tensor offsets)");
   m.def("route_backward(Tensor grad_probs, Tensor logits, Tensor routing_map, str score_function, int top_k, float scale) -> Tensor");
+  m.def("quantize_rows(Tensor x, bool power_of_two) -> (Tensor payload, Tensor scales)");
+  m.def("quantize_columns(Tensor x, bool power_of_two) -> (Tensor payload_t, Tensor scales_t)");
+  m.def(
+      "quantize_both(Tensor x, bool power_of_two) "
+      "-> (Tensor payload, Tensor scales, Tensor payload_t, Tensor scales_t)");
+  m.def(
+      "quantize_blocks(Tensor x, bool power_of_two, bool transposed) "
+      "-> (Tensor payload, Tensor scales, Tensor payload_t, Tensor scales_t)");
+  m.def("dequantize_rows(Tensor payload, Tensor scales, ScalarType dtype) -> Tensor x");
+  m.def("requantize_columns(Tensor payload, Tensor scales, bool power_of_two) -> (Tensor payload_t, Tensor scales_t)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) "
+      "-> (Tensor grad_x, Tensor grad_weight)");
+  m.def(
+      "rms_norm_quantize(Tensor x, Tensor weight, float eps, bool power_of_two) "
+      "-> (Tensor payload, Tensor scales, Tensor rstd)");
 }

@@ -4,7 +4,8 @@
 //   payload = e4m3(x * (1 / scale)), to the nearest, ties to even, at most 448 in magnitude
 //
 // The largest magnitude is found among the bits of |x| as integers: NaN is above infinity there, so a block that holds either has a
-// scale that is not finite, and its numbers are NaN when they are read back.
+// scale that is not finite, and its numbers are NaN when they are read back. NaN has one code here, whatever the device makes of one:
+// 0x7fc00000 as a scale, 0x7f as a payload.
 
 #pragma once
 
@@ -15,8 +16,6 @@
 
 #if defined(__CUDA_ARCH__)
 #include <cuda_fp8.h>
-#else
-#include <c10/util/Float8_e4m3fn.h>
 #endif
 
 namespace r1mega {
@@ -24,6 +23,9 @@ namespace r1mega {
 constexpr int64_t kBlock = 128;          // numbers a scale has along a blocked side
 constexpr float kLargestE4M3 = 448.0f;
 constexpr float kSmallestAmax = 0x1p-100f;
+
+// Rows that memory holds of the scales of M rows of 1x128 blocks: [ceil(K/128), padded_rows(M)], one row's scales a column.
+C10_HOST_DEVICE inline int64_t padded_rows(int64_t M) { return (M + 3) / 4 * 4; }
 
 C10_HOST_DEVICE inline uint32_t float_bits(float x) {
 #if defined(__CUDA_ARCH__)
@@ -47,6 +49,7 @@ C10_HOST_DEVICE inline uint32_t magnitude(float x) { return float_bits(x) & 0x7f
 // The block's scale from the largest magnitude().
 C10_HOST_DEVICE inline float block_scale(uint32_t largest, bool power_of_two) {
   const uint32_t smallest = float_bits(kSmallestAmax);
+  if (largest > 0x7f800000u) return bits_float(0x7fc00000u);
   const float scale = bits_float(largest > smallest ? largest : smallest) / kLargestE4M3;
   if (!power_of_two) return scale;
   const uint32_t bits = float_bits(scale);
@@ -60,9 +63,15 @@ C10_HOST_DEVICE inline uint8_t to_e4m3(float x, float inverse_scale) {
 #if defined(__CUDA_ARCH__)
   return static_cast<uint8_t>(__nv_cvt_float_to_fp8(scaled, __NV_SATFINITE, __NV_E4M3));
 #else
-  // what E4M3 cannot hold goes to its largest number; NaN stays (both comparisons are false)
-  const float held = scaled > kLargestE4M3 ? kLargestE4M3 : scaled < -kLargestE4M3 ? -kLargestE4M3 : scaled;
-  return c10::detail::fp8e4m3fn_from_fp32_value(held);
+  // without a branch, so that a loop over it is vectorised
+  const uint32_t bits = float_bits(scaled), size = bits & 0x7fffffffu;
+  const uint32_t held = size < 0x43e00000u ? size : 0x43e00000u;  // 448
+  // a normal number: exponent counted from 7 instead of 127, the last of three bits rounded to even
+  const uint32_t normal = (held - (120u << 23) + 0x7ffffu + ((held >> 20) & 1u)) >> 20;
+  // one below 2^-6: the steps of fp32 at 2^14 are 2^-9, those of E4M3 there
+  const uint32_t small = float_bits(bits_float(held) + 16384.0f) - float_bits(16384.0f);
+  const uint32_t code = (held < (121u << 23) ? small : normal) | (bits >> 24 & 0x80u);
+  return static_cast<uint8_t>(size > 0x7f800000u ? 0x7fu : code);
 #endif
 }
 

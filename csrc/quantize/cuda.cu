@@ -1,0 +1,489 @@
+// Quantisation to block-scaled E4M3 on Hopper. Bit for bit the plain-torch reference of r1mega/ops/quantize.py.
+//
+// A thread holds 8 rows of 16 bytes of x. The threads of a block cover 128 columns and, where columns are quantised, 128 rows: each
+// number is read once, whatever is made of it. A transposed result is converted first and turned as bytes through 16 KB of shared
+// memory, whose 8-byte units are swizzled so that neither side meets bank conflicts.
+
+#include "op.h"
+
+#include "../common/device.cuh"
+
+#include <cuda_fp8.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+namespace r1mega {
+namespace {
+
+using Pair = std::tuple<at::Tensor, at::Tensor>;
+using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+constexpr int kRows = 8;                // of a thread
+constexpr int kSide = 128;              // of a tile
+constexpr int kUnits = kSide / kRows;   // 8-byte units of a column of bytes
+
+// Where numbers come from: a chunk is what a thread reads of a row, kColumns numbers. `peak` words hold magnitudes as bits, one or
+// two to a word, that `larger` compares; `alone` opens a word's largest, `at` the one of column j.
+template <typename T>
+struct Numbers {
+  static constexpr int kColumns = kVector<T>, kPeaks = 4;
+  static constexpr bool kHalves = sizeof(T) == 2;
+  struct Chunk {
+    uint32_t word[4];
+  };
+  const T* x;
+  int64_t columns;
+  bool aligned;
+
+  __device__ void read(Chunk& chunk, int64_t row, int64_t column, bool inside) const {
+    const T* from = x + row * columns + column;
+    if (aligned) {
+      const uint4 words = inside && column < columns ? __ldcs(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+      chunk.word[0] = words.x, chunk.word[1] = words.y, chunk.word[2] = words.z, chunk.word[3] = words.w;
+      return;
+    }
+    alignas(16) T numbers[kColumns];
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) numbers[j] = inside && column + j < columns ? from[j] : T(0.0f);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) chunk.word[w] = reinterpret_cast<const uint32_t*>(numbers)[w];
+  }
+  __device__ uint32_t peak(const Chunk& chunk, int p, float) const {
+    return chunk.word[p] & (kHalves ? 0x7fff7fffu : 0x7fffffffu);
+  }
+  static __device__ uint32_t larger(uint32_t a, uint32_t b) {
+    if constexpr (kHalves) return __vmaxu2(a, b);
+    return max(a, b);
+  }
+  static __device__ uint32_t alone(uint32_t word) {
+    if constexpr (kHalves) return max(word << 16, word & 0xffff0000u);
+    return word;
+  }
+  static __device__ uint32_t at(const uint32_t (&peaks)[kPeaks], int j) {
+    if constexpr (kHalves) return j % 2 ? peaks[j / 2] & 0xffff0000u : peaks[j / 2] << 16;
+    return peaks[j];
+  }
+  __device__ float value(const Chunk& chunk, int j, float) const {
+    if constexpr (kHalves) return __uint_as_float(j % 2 ? chunk.word[j / 2] & 0xffff0000u : chunk.word[j / 2] << 16);
+    return __uint_as_float(chunk.word[j]);
+  }
+  __device__ float factor(int64_t, int64_t, bool) const { return 1.0f; }
+};
+
+struct Quantized {
+  static constexpr int kColumns = 8, kPeaks = 8;
+  struct Chunk {
+    uint32_t word[2];
+  };
+  const uint8_t* payload;
+  int64_t columns;
+  bool aligned;
+  const float* scales;
+  int64_t row_stride, block_stride;
+
+  __device__ void read(Chunk& chunk, int64_t row, int64_t column, bool inside) const {
+    const uint8_t* from = payload + row * columns + column;
+    if (aligned) {
+      const uint2 words = inside && column < columns ? __ldcs(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
+      chunk.word[0] = words.x, chunk.word[1] = words.y;
+      return;
+    }
+    chunk.word[0] = chunk.word[1] = 0;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      if (inside && column + j < columns) chunk.word[j / 4] |= static_cast<uint32_t>(from[j]) << (j % 4 * 8);
+    }
+  }
+  __device__ float value(const Chunk& chunk, int j, float factor) const {
+    const auto pair = static_cast<__nv_fp8x2_storage_t>(chunk.word[j / 4] >> (j / 2 % 2 * 16));
+    const float2 both = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3)));
+    return __fmul_rn(j % 2 ? both.y : both.x, factor);
+  }
+  __device__ uint32_t peak(const Chunk& chunk, int j, float factor) const { return magnitude(value(chunk, j, factor)); }
+  static __device__ uint32_t larger(uint32_t a, uint32_t b) { return max(a, b); }
+  static __device__ uint32_t alone(uint32_t word) { return word; }
+  static __device__ uint32_t at(const uint32_t (&peaks)[kPeaks], int j) { return peaks[j]; }
+  __device__ float factor(int64_t row, int64_t column, bool inside) const {
+    return inside && column < columns ? scales[row * row_stride + column / kBlock * block_stride] : 0.0f;
+  }
+};
+
+// One payload and its scales. Row-major payload of `rows` x `columns`; the scale of (row, block) in the row layout, or of a block.
+struct Out {
+  uint8_t* payload;
+  float* scales;
+  int64_t rows, columns;
+  int aligned;  // bytes that a store may have
+};
+
+__device__ __forceinline__ uint32_t codes4(float a, float b, float c, float d) {
+  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
+  return low | high << 16;
+}
+
+// The bytes of a thread's numbers in row i.
+template <typename From>
+__device__ __forceinline__ void store_row(
+    const From& from, const typename From::Chunk& chunk, float inverse, const Out& out, int64_t row, int64_t column) {
+  constexpr int kWords = From::kColumns / 4;
+  uint32_t word[kWords];
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    word[w] = codes4(
+        from.value(chunk, 4 * w, 1.0f) * inverse, from.value(chunk, 4 * w + 1, 1.0f) * inverse,
+        from.value(chunk, 4 * w + 2, 1.0f) * inverse, from.value(chunk, 4 * w + 3, 1.0f) * inverse);
+  }
+  uint8_t* to = out.payload + row * out.columns + column;
+  if (out.aligned >= From::kColumns) {
+    if (column >= out.columns) return;
+    if constexpr (kWords == 2) {
+      *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[1]);
+    } else {
+      *reinterpret_cast<uint32_t*>(to) = word[0];
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < From::kColumns; ++j) {
+    if (column + j < out.columns) to[j] = static_cast<uint8_t>(word[j / 4] >> (j % 4 * 8));
+  }
+}
+
+// A thread's peaks of 8 rows, folded over the lanes that share those rows: lane l gets the one of row l % 8.
+template <typename From, int kLanes>
+__device__ __forceinline__ uint32_t row_peak(uint32_t (&peak)[kRows], int lane) {
+#pragma unroll
+  for (int half = kRows / 2; half > 0; half /= 2) {
+    const bool upper = lane & half;
+#pragma unroll
+    for (int k = 0; k < half; ++k) {
+      const uint32_t mine = upper ? peak[k + half] : peak[k], other = upper ? peak[k] : peak[k + half];
+      peak[k] = From::larger(mine, __shfl_xor_sync(kAllLanes, other, half));
+    }
+  }
+#pragma unroll
+  for (int step = kRows; step < kLanes; step *= 2) peak[0] = From::larger(peak[0], __shfl_xor_sync(kAllLanes, peak[0], step));
+  return From::alone(peak[0]);
+}
+
+template <typename Word>
+__device__ __forceinline__ void store_turned(const uint2* turned, int columns_of_chunk, const Out& out, int64_t row, int64_t column) {
+  constexpr int kEach = kSide / sizeof(Word);  // words of a column
+  for (int i = threadIdx.x; i < kSide * kEach; i += blockDim.x) {
+    const int c = i / kEach, at = i % kEach * static_cast<int>(sizeof(Word));
+    const int unit = (at / 8) ^ (c / columns_of_chunk % kUnits);
+    if (column + c >= out.rows || row + at >= out.columns) continue;
+    const char* from = reinterpret_cast<const char*>(turned + c * kUnits + unit) + at % 8;
+    *reinterpret_cast<Word*>(out.payload + (column + c) * out.columns + row + at) = *reinterpret_cast<const Word*>(from);
+  }
+}
+
+enum class Scales { kNone, kOfRows, kOfTile };
+
+// kGroups x 8 rows and 128 columns a block. `kByRow`: what `out` gets; `kTurned`: whether `turned_out` gets the transpose.
+template <typename From, Scales kByRow, bool kTurned, int kGroups>
+__global__ void __launch_bounds__(kGroups* kSide / From::kColumns, 1024 / (kGroups * kSide / From::kColumns))
+    quantize_kernel(From from, Stack stack, int64_t down, int64_t across, bool power_of_two, Out out, Out turned_out) {
+  constexpr int kLanes = kSide / From::kColumns;  // threads of a row
+  constexpr int kThreads = kLanes * kGroups;
+  constexpr int kWarps = kThreads / kWarp;
+  static_assert(!kTurned || kGroups == kUnits);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, group = threadIdx.x / kLanes;
+  const int64_t index = blockIdx.x, e = index / (down * across), tile_row = index / across % down, tile_column = index % across;
+  const int64_t first_row = tile_row * kGroups * kRows, first_column = tile_column * kSide;
+  const int64_t row = first_row + group * kRows, column = first_column + threadIdx.x % kLanes * From::kColumns;
+
+  typename From::Chunk chunk[kRows];
+  float factor[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) from.read(chunk[i], e * stack.rows + row + i, column, row + i < stack.rows);
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) factor[i] = from.factor(row + i, column, row + i < stack.rows);
+
+  if constexpr (kByRow == Scales::kOfRows) {
+    uint32_t peak[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      peak[i] = from.peak(chunk[i], 0, 1.0f);
+#pragma unroll
+      for (int p = 1; p < From::kPeaks; ++p) peak[i] = From::larger(peak[i], from.peak(chunk[i], p, 1.0f));
+    }
+    const float scale = block_scale(row_peak<From, kLanes>(peak, lane), power_of_two);
+    const float inverse = 1.0f / scale;
+    const int64_t own = row + lane % kRows, padded = padded_rows(stack.rows);
+    if (lane % kLanes < kRows && own < padded) out.scales[tile_column * padded + own] = own < stack.rows ? scale : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const float of_row = __shfl_sync(kAllLanes, inverse, lane / kRows * kRows + i);
+      if (row + i < stack.rows) store_row(from, chunk[i], of_row, out, row + i, column);
+    }
+  }
+
+  if constexpr (kByRow == Scales::kOfTile || kTurned) {
+    uint32_t peaks[From::kPeaks];
+#pragma unroll
+    for (int p = 0; p < From::kPeaks; ++p) {
+      peaks[p] = from.peak(chunk[0], p, factor[0]);
+#pragma unroll
+      for (int i = 1; i < kRows; ++i) peaks[p] = From::larger(peaks[p], from.peak(chunk[i], p, factor[i]));
+    }
+    float inverse[From::kColumns];
+    if constexpr (kByRow == Scales::kOfTile) {
+      __shared__ uint32_t partial[kWarps];
+      uint32_t peak = peaks[0];
+#pragma unroll
+      for (int p = 1; p < From::kPeaks; ++p) peak = From::larger(peak, peaks[p]);
+      peak = warp_max(From::alone(peak));
+      if (lane == 0) partial[warp] = peak;
+      __syncthreads();
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) peak = max(peak, partial[w]);
+      const float scale = block_scale(peak, power_of_two);
+      if (threadIdx.x == 0) {
+        out.scales[index] = scale;
+        if constexpr (kTurned) turned_out.scales[(e * across + tile_column) * down + tile_row] = scale;
+      }
+#pragma unroll
+      for (int j = 0; j < From::kColumns; ++j) inverse[j] = 1.0f / scale;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (row + i < stack.rows) store_row(from, chunk[i], inverse[0], out, e * stack.rows + row + i, column);
+      }
+    } else {
+      __shared__ uint32_t partial[kWarps][kSide];
+      __shared__ float shared_inverse[kSide];
+      if constexpr (kLanes < kWarp) {
+#pragma unroll
+        for (int p = 0; p < From::kPeaks; ++p) peaks[p] = From::larger(peaks[p], __shfl_xor_sync(kAllLanes, peaks[p], kLanes));
+      }
+      const int own = threadIdx.x % kLanes * From::kColumns;
+      if (lane < kLanes) {
+#pragma unroll
+        for (int j = 0; j < From::kColumns; ++j) partial[warp][own + j] = From::at(peaks, j);
+      }
+      __syncthreads();
+      if (threadIdx.x < kSide) {
+        uint32_t peak = partial[0][threadIdx.x];
+#pragma unroll
+        for (int w = 1; w < kWarps; ++w) peak = max(peak, partial[w][threadIdx.x]);
+        const float scale = block_scale(peak, power_of_two);
+        shared_inverse[threadIdx.x] = 1.0f / scale;
+        const int64_t k = first_column + threadIdx.x, padded = padded_rows(stack.columns);
+        if (k < padded) turned_out.scales[tile_row * padded + k] = k < stack.columns ? scale : 0.0f;
+      }
+      __syncthreads();
+#pragma unroll
+      for (int j = 0; j < From::kColumns; ++j) inverse[j] = shared_inverse[own + j];
+    }
+    if constexpr (kTurned) {
+      __shared__ __align__(16) uint2 turned[kSide * kUnits];
+      const int own = threadIdx.x % kLanes * From::kColumns;
+#pragma unroll
+      for (int j = 0; j < From::kColumns; ++j) {
+        const auto scaled = [&](int i) { return from.value(chunk[i], j, factor[i]) * inverse[j]; };
+        const int c = own + j;
+        turned[c * kUnits + (group ^ (c / From::kColumns % kUnits))] =
+            make_uint2(codes4(scaled(0), scaled(1), scaled(2), scaled(3)), codes4(scaled(4), scaled(5), scaled(6), scaled(7)));
+      }
+      __syncthreads();
+      const Out& to = turned_out;
+      Out matrix{to.payload + e * to.rows * to.columns, nullptr, to.rows, to.columns, to.aligned};
+      if (to.aligned >= 16) {
+        // eight threads a column of 128 bytes; the swizzle swaps the two units of 16 bytes where its lowest bit is set
+        for (int c = threadIdx.x / 8; c < kSide; c += kThreads / 8) {
+          const int swizzle = c / From::kColumns % kUnits, part = threadIdx.x % 8;
+          const uint4 both = *reinterpret_cast<const uint4*>(turned + c * kUnits + (2 * part ^ (swizzle & ~1)));
+          const uint4 ordered = swizzle & 1 ? make_uint4(both.z, both.w, both.x, both.y) : both;
+          const int64_t at = first_row + part * 16;
+          if (first_column + c < matrix.rows && at < matrix.columns) {
+            *reinterpret_cast<uint4*>(matrix.payload + (first_column + c) * matrix.columns + at) = ordered;
+          }
+        }
+      } else if (to.aligned >= 4) {
+        store_turned<uint32_t>(turned, From::kColumns, matrix, first_row, first_column);
+      } else {
+        store_turned<uint8_t>(turned, From::kColumns, matrix, first_row, first_column);
+      }
+    }
+  }
+}
+
+// How many bytes a store into rows of `columns` bytes may have, at most 16.
+int alignment(const at::Tensor& payload, int64_t columns) {
+  const auto both = reinterpret_cast<uintptr_t>(payload.const_data_ptr()) | static_cast<uintptr_t>(columns);
+  return both % 16 == 0 ? 16 : static_cast<int>(both & -both);
+}
+
+Out out_of(const at::Tensor& payload, const at::Tensor& scales) {
+  const int64_t rows = payload.size(-2), columns = payload.size(-1);
+  return {
+      static_cast<uint8_t*>(payload.mutable_data_ptr()), scales.mutable_data_ptr<float>(), rows, columns, alignment(payload, columns)};
+}
+
+template <Scales kByRow, bool kTurned, typename From>
+void launch(const From& from, const Stack& stack, bool power_of_two, const Out& out, const Out& turned) {
+  constexpr int kGroups = kTurned || kByRow == Scales::kOfTile ? kUnits : 4;
+  const int64_t down = ceil_div(stack.rows, kGroups * kRows), across = ceil_div(stack.columns, kSide);
+  const int64_t tiles = stack.count * down * across;
+  if (tiles == 0) return;
+  TORCH_CHECK_VALUE(tiles <= std::numeric_limits<int32_t>::max(), "quantize: expected at most 2^31 - 1 tiles, got ", tiles);
+  quantize_kernel<From, kByRow, kTurned, kGroups>
+      <<<static_cast<unsigned>(tiles), kGroups * kSide / From::kColumns, 0, c10::cuda::getCurrentCUDAStream()>>>(
+          from, stack, down, across, power_of_two, out, turned);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename T>
+Numbers<T> numbers(const at::Tensor& x) {
+  const T* base = reinterpret_cast<const T*>(x.const_data_ptr());
+  return {base, x.size(-1), fits16(base, x.size(-1))};
+}
+
+template <Scales kByRow, bool kTurned>
+void launch_numbers(const at::Tensor& x, const Stack& stack, bool power_of_two, const Out& out, const Out& turned) {
+  if (x.scalar_type() == at::kFloat) {
+    launch<kByRow, kTurned>(numbers<float>(x), stack, power_of_two, out, turned);
+  } else {
+    launch<kByRow, kTurned>(numbers<__nv_bfloat16>(x), stack, power_of_two, out, turned);
+  }
+}
+
+Pair quantize_rows_cuda(const at::Tensor& x_any, bool power_of_two) {
+  check_matrix("quantize_rows", x_any);
+  const c10::cuda::CUDAGuard guard(x_any.device());
+  const at::Tensor x = x_any.contiguous();
+  const int64_t M = x.size(0), K = x.size(1);
+  const at::Tensor payload = payload_like(x, {M, K}), scales = row_scales(M, K, x, false);
+  launch_numbers<Scales::kOfRows, false>(x, {1, M, K}, power_of_two, out_of(payload, scales), {});
+  return {payload, scales};
+}
+
+Pair quantize_columns_cuda(const at::Tensor& x_any, bool power_of_two) {
+  check_matrix("quantize_columns", x_any);
+  const c10::cuda::CUDAGuard guard(x_any.device());
+  const at::Tensor x = x_any.contiguous();
+  const int64_t M = x.size(0), K = x.size(1);
+  const at::Tensor payload = payload_like(x, {K, M}), scales = row_scales(K, M, x, false);
+  launch_numbers<Scales::kNone, true>(x, {1, M, K}, power_of_two, {}, out_of(payload, scales));
+  return {payload, scales};
+}
+
+Four quantize_both_cuda(const at::Tensor& x_any, bool power_of_two) {
+  check_matrix("quantize_both", x_any);
+  const c10::cuda::CUDAGuard guard(x_any.device());
+  const at::Tensor x = x_any.contiguous();
+  const int64_t M = x.size(0), K = x.size(1);
+  const at::Tensor payload = payload_like(x, {M, K}), scales = row_scales(M, K, x, false);
+  const at::Tensor payload_t = payload_like(x, {K, M}), scales_t = row_scales(K, M, x, false);
+  launch_numbers<Scales::kOfRows, true>(x, {1, M, K}, power_of_two, out_of(payload, scales), out_of(payload_t, scales_t));
+  return {payload, scales, payload_t, scales_t};
+}
+
+Four quantize_blocks_cuda(const at::Tensor& x_any, bool power_of_two, bool transposed) {
+  const Stack stack = check_stack("quantize_blocks", x_any);
+  const c10::cuda::CUDAGuard guard(x_any.device());
+  const at::Tensor x = x_any.contiguous();
+  const int64_t N = stack.rows, K = stack.columns, down = blocks_of(N), across = blocks_of(K);
+  const auto sizes = [&](int64_t rows, int64_t columns) {
+    return x.dim() == 3 ? std::vector<int64_t>{stack.count, rows, columns} : std::vector<int64_t>{rows, columns};
+  };
+  const auto none = std::vector<int64_t>{0};
+  const auto floats = x.options().dtype(at::kFloat);
+  const at::Tensor payload = payload_like(x, sizes(N, K)), scales = at::empty(sizes(down, across), floats);
+  const at::Tensor payload_t = payload_like(x, transposed ? sizes(K, N) : none);
+  const at::Tensor scales_t = at::empty(transposed ? sizes(across, down) : none, floats);
+  if (transposed) {
+    launch_numbers<Scales::kOfTile, true>(x, stack, power_of_two, out_of(payload, scales), out_of(payload_t, scales_t));
+  } else {
+    launch_numbers<Scales::kOfTile, false>(x, stack, power_of_two, out_of(payload, scales), {});
+  }
+  return {payload, scales, payload_t, scales_t};
+}
+
+Quantized quantized(const at::Tensor& payload, const at::Tensor& scales, int bytes) {
+  return {static_cast<const uint8_t*>(payload.const_data_ptr()), payload.size(1), alignment(payload, payload.size(1)) >= bytes,
+          scales.const_data_ptr<float>(), scales.stride(0), scales.stride(1)};
+}
+
+Pair requantize_columns_cuda(const at::Tensor& payload_any, const at::Tensor& scales, bool power_of_two) {
+  check_quantized("requantize_columns", payload_any, scales);
+  const c10::cuda::CUDAGuard guard(payload_any.device());
+  const at::Tensor payload = payload_any.contiguous();
+  const int64_t M = payload.size(0), K = payload.size(1);
+  const at::Tensor payload_t = payload_like(payload, {K, M}), scales_t = row_scales(K, M, payload, false);
+  launch<Scales::kNone, true>(quantized(payload, scales, 8), {1, M, K}, power_of_two, {}, out_of(payload_t, scales_t));
+  return {payload_t, scales_t};
+}
+
+constexpr int kBytes = 16;  // of payload that a thread reads back
+
+template <typename T>
+__global__ void __launch_bounds__(256) dequantize_kernel(Quantized from, int64_t rows, T* __restrict__ out, int64_t chunks) {
+  for (int64_t item = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; item < rows * chunks; item += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t row = item / chunks, column = item % chunks * kBytes, at = row * from.columns + column;
+    const float factor = from.scales[row * from.row_stride + column / kBlock * from.block_stride];
+    Quantized::Chunk half[2] = {};
+    if (from.aligned) {
+      const uint4 words = __ldcs(reinterpret_cast<const uint4*>(from.payload + at));
+      half[0] = {words.x, words.y}, half[1] = {words.z, words.w};
+    } else {
+      for (int j = 0; j < kBytes && column + j < from.columns; ++j) {
+        half[j / 8].word[j / 4 % 2] |= static_cast<uint32_t>(from.payload[at + j]) << (j % 4 * 8);
+      }
+    }
+    Vector<T, kVector<T>> result[kBytes / kVector<T>];
+#pragma unroll
+    for (int j = 0; j < kBytes; ++j) {
+      const float product = from.value(half[j / 8], j % 8, factor);
+      T& to = result[j / kVector<T>].value[j % kVector<T>];
+      if constexpr (sizeof(T) == 2) {
+        to = product == product ? __float2bfloat16_rn(product) : __ushort_as_bfloat16(0x7fc0);
+      } else {
+        to = product == product ? product : bits_float(0x7fc00000u);
+      }
+    }
+    if (from.aligned) {
+#pragma unroll
+      for (int v = 0; v < kBytes / kVector<T>; ++v) store16(out + at + v * kVector<T>, result[v]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kBytes; ++j) {
+        if (column + j < from.columns) out[at + j] = result[j / kVector<T>].value[j % kVector<T>];
+      }
+    }
+  }
+}
+
+at::Tensor dequantize_rows_cuda(const at::Tensor& payload_any, const at::Tensor& scales, at::ScalarType dtype) {
+  check_dequantize(payload_any, scales, dtype);
+  const c10::cuda::CUDAGuard guard(payload_any.device());
+  const at::Tensor payload = payload_any.contiguous();
+  const int64_t M = payload.size(0), K = payload.size(1), chunks = ceil_div(K, kBytes);
+  const at::Tensor x = at::empty({M, K}, payload.options().dtype(dtype));
+  if (x.numel() == 0) return x;
+  const Quantized from = quantized(payload, scales, kBytes);
+  const unsigned grid = grid_of(ceil_div(M * chunks, 256));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  if (dtype == at::kFloat) {
+    dequantize_kernel<float><<<grid, 256, 0, stream>>>(from, M, x.mutable_data_ptr<float>(), chunks);
+  } else {
+    dequantize_kernel<__nv_bfloat16>
+        <<<grid, 256, 0, stream>>>(from, M, reinterpret_cast<__nv_bfloat16*>(x.mutable_data_ptr()), chunks);
+  }
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return x;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(r1mega, CUDA, m) {
+  m.impl("quantize_rows", quantize_rows_cuda);
+  m.impl("quantize_columns", quantize_columns_cuda);
+  m.impl("quantize_both", quantize_both_cuda);
+  m.impl("quantize_blocks", quantize_blocks_cuda);
+  m.impl("dequantize_rows", dequantize_rows_cuda);
+  m.impl("requantize_columns", requantize_columns_cuda);
+}
+
+}  // namespace r1mega
