@@ -31,4 +31,18 @@ TORCH_LIBRARY(r1mega, m) {
   m.def(
       "rms_norm_quantize(Tensor x, Tensor weight, float eps, bool power_of_two) "
       "-> (Tensor payload, Tensor scales, Tensor rstd)");
+  m.def("swiglu(Tensor hidden, Tensor? probs) -> Tensor");
+  m.def("swiglu_backward(Tensor grad, Tensor hidden, Tensor? probs) -> (Tensor grad_hidden, Tensor grad_probs)");
+  m.def(
+      "swiglu_quantize(Tensor hidden, Tensor? hidden_scales, Tensor? probs, bool power_of_two) "
+      "-> (Tensor payload, Tensor scales)");
+  m.def(
+      "swiglu_backward_quantize(Tensor grad, Tensor hidden, Tensor? hidden_scales, Tensor? probs, bool power_of_two) "
+      "-> (Tensor grad_hidden, Tensor payload, Tensor scales, Tensor grad_probs, Tensor activation)");
+  m.def(
+      "mla_rope(Tensor query, Tensor key_value, Tensor shared_key, Tensor cos, Tensor sin, SymInt nope) "
+      "-> (Tensor turned_query, Tensor key, Tensor value)");
+  m.def(
+      "mla_rope_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor cos, Tensor sin, SymInt nope) "
+      "-> (Tensor grad_query, Tensor grad_key_value, Tensor grad_shared_key)");
 }

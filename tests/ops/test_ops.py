@@ -76,6 +76,9 @@ def in_fp64(args) -> list:
 def assert_as_near_as_plain_torch(found, plain, truth) -> None:
     """Each tensor's distance from the truth is at most twice that of plain torch in the same dtype; not a number where it is not."""
     for ours, theirs, true in zip(found, plain, truth, strict=True):
+        if torch.is_tensor(ours) and ours.is_floating_point() and ours.element_size() == 1:
+            assert_as_plain_torch_or_one_step_off(ours, theirs)
+            continue
         if ours is None or not is_number(ours):
             assert ours is theirs or torch.equal(ours, theirs)
             continue
@@ -85,6 +88,15 @@ def assert_as_near_as_plain_torch(found, plain, truth) -> None:
         true = torch.where(usable, true.double(), 0.0)
         distance, allowed = (torch.linalg.vector_norm(torch.where(usable, one.double(), 0.0) - true) for one in (ours, theirs))
         assert distance <= 2 * allowed + ROUNDING * torch.finfo(torch.float32).eps * torch.linalg.vector_norm(true)
+
+
+def assert_as_plain_torch_or_one_step_off(ours, theirs) -> None:
+    """Payloads of FP8 whose numbers were not computed to the same bits: one in a thousand may lie on the other side of an edge."""
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    known = ~torch.isnan(theirs.float())
+    assert torch.equal(known, ~torch.isnan(ours.float()))
+    apart = (ours.view(torch.uint8).int() - theirs.view(torch.uint8).int())[known].abs()
+    assert int((apart > 1).sum()) == 0 and int(apart.count_nonzero()) <= 1 + apart.numel() // 1000
 
 
 def differentiable(args) -> list:
