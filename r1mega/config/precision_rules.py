@@ -1,4 +1,4 @@
-"""Rules of number formats: against the device, and against the widths of the model. In: a config; out: Violations."""
+"""Rules of number formats: among themselves, and against the widths of the model. In: a config; out: Violations."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BLOCK = 128
 
 
 def precision_violations(config: ComputeConfig) -> Iterator[Violation]:
-    """Formats against the device."""
+    """The format of products against that of activations."""
     precision = config.precision
-    if precision.products == "fp8" and config.device.kind == "cuda" and precision.dtype != "bf16":
-        key, rule = "precision.dtype", "bf16 with precision.products=fp8 on a GPU, whose products give bf16"
+    if precision.products == "fp8" and precision.dtype != "bf16":
+        key, rule = "precision.dtype", "bf16 with precision.products=fp8, whose activations are"
         yield Violation(key, rule, precision.dtype, ((key, ("bf16",)), ("precision.products", ("plain",))))
 
 

@@ -17,8 +17,13 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 
 from r1mega.device import allocation_device
+from r1mega.model.fp8.experts import Fp8Experts
+from r1mega.model.fp8.weights import Recipe
 from r1mega.model.gradients import weight_gradient
 from r1mega.ops.accumulate import accumulate_grouped_, accumulate_product_
+from r1mega.ops.permute import permute_probs, permute_rows
+from r1mega.ops.quantize import BLOCK
+from r1mega.ops.row_map import RowMap, map_rows
 
 
 def _drawn_by_rank(groups) -> contextlib.AbstractContextManager:
@@ -34,7 +39,10 @@ class GroupedExperts(MegatronModule):
     ``weight1``: ``[e, 2f, D]`` (gate rows of this rank's part, then its up rows), ``weight2``: ``[e, D, f]``; ``f`` is ``F`` over
     the size of ``expert_tensor``. ``placement``: the logical expert of each slot, all ranks' slots in order, ``(0, 1, ..., E - 1)``
     at first; whoever sets it also moves weights and moments (by saving before and loading after: checkpoints are in logical order).
+    ``fp8``: how the products are in FP8; None: in the weights' dtype.
     """
+
+    fp8: Recipe | None = None
 
     def __init__(self, num_local_experts: int, config, submodules=None, pg_collection=None):
         super().__init__(config)
@@ -70,6 +78,10 @@ class GroupedExperts(MegatronModule):
 
         Weight gradients are put off where :func:`r1mega.model.gradients.deferred` has a store while the backward pass runs.
         """
+        if self.fp8 is not None:
+            # each row is a token of one expert; experts want whole blocks of rows
+            row_map = map_rows(_of_local_expert(tokens_per_expert, len(rows_RD)), 1, BLOCK)
+            return self._in_fp8(rows_RD, permute_rows(probs_R.unsqueeze(1), row_map).squeeze(1), row_map), None
         if rows_RD.is_cuda and rows_RD.dtype == torch.bfloat16 and len(rows_RD):
             offsets = tokens_per_expert.to(rows_RD.device).cumsum(0).to(torch.int32)
             hidden = _GroupedLinears.apply(self.weight1, rows_RD, offsets)
@@ -78,6 +90,20 @@ class GroupedExperts(MegatronModule):
         hidden = _Linears.apply(self.weight1, *rows_RD.split(counts))
         inner = [_swiglu(part, probs) for part, probs in zip(hidden, probs_R.split(counts), strict=True)]
         return torch.cat(_Linears.apply(self.weight2, *inner)), None
+
+    def on_tokens(
+        self, tokens_TD: torch.Tensor, probs_TE: torch.Tensor, routing_map_TE: torch.Tensor, top_k: int | None
+    ) -> torch.Tensor:
+        """Where all experts are here and products are in FP8: the sum of each token's answers, ``[T, D]``.
+
+        As dispatch, :meth:`forward` and combine, in one; tokens are quantised while they go to their rows. ``top_k``: experts of a
+        token, see :func:`r1mega.ops.row_map.map_rows`.
+        """
+        row_map = map_rows(routing_map_TE, top_k, BLOCK)
+        return self._in_fp8(tokens_TD, permute_probs(probs_TE, row_map), row_map)
+
+    def _in_fp8(self, tokens_TD: torch.Tensor, probs_R: torch.Tensor, row_map: RowMap) -> torch.Tensor:
+        return Fp8Experts.apply(tokens_TD, probs_R, self.weight1, self.weight2, row_map, self.fp8)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Both stacks as parts of the global ``[E, 2F, D]`` (all gate rows first) and ``[E, D, F]``, by logical expert.
@@ -115,6 +141,13 @@ class GroupedExperts(MegatronModule):
 
     def backward_dw(self) -> None:
         """Megatron's hook for weight gradients that its own modules put off; ours go through :mod:`r1mega.model.linear`."""
+
+
+def _of_local_expert(tokens_per_expert: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Bool ``[R, e]``: the expert of rows that are sorted by it."""
+    ends = tokens_per_expert.cumsum(0)
+    row = torch.arange(num_rows, device=ends.device).unsqueeze(1)
+    return (row >= ends - tokens_per_expert) & (row < ends)
 
 
 def _stack(name: str) -> Callable:

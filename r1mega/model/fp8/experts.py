@@ -13,8 +13,10 @@ from r1mega.model.fp8.products import grouped_rows_by_blocks
 from r1mega.model.fp8.weights import Recipe, added_to_zero, quantized
 from r1mega.model.gradients import weight_gradient
 from r1mega.ops.accumulate import accumulate_grouped_
-from r1mega.ops.permute import RowMap, permute_quantize, permute_rows, unpermute
+from r1mega.ops.permute import permute_rows, unpermute
+from r1mega.ops.permute_quantize import permute_quantize
 from r1mega.ops.quantize import Quantized, quantize_rows
+from r1mega.ops.row_map import RowMap
 from r1mega.ops.swiglu import swiglu_backward_quantize, swiglu_quantize
 
 
@@ -28,10 +30,10 @@ class Fp8Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens_TD, probs_R, weight1, weight2, row_map: RowMap, recipe: Recipe):
         scale = recipe.power_of_two
-        rows = permute_quantize(tokens_TD, row_map, scale)
-        hidden = _grouped(rows, quantized(weight1, recipe), row_map, tokens_TD.dtype)
-        inner = swiglu_quantize(hidden, None, probs_R, scale)
-        answers = _grouped(inner, quantized(weight2, recipe), row_map, tokens_TD.dtype)
+        rows = Quantized(*permute_quantize(tokens_TD, row_map, scale))
+        hidden = _grouped(rows, quantized(weight1, recipe)[0], row_map, tokens_TD.dtype)
+        inner = Quantized(*swiglu_quantize(hidden, None, probs_R, scale))
+        answers = _grouped(inner, quantized(weight2, recipe)[0], row_map, tokens_TD.dtype)
         ctx.save_for_backward(tokens_TD, probs_R, *quantize_rows(hidden, scale), *row_map)
         ctx.weights, ctx.recipe = (weight1, weight2), recipe
         return unpermute(answers, row_map)
@@ -41,20 +43,20 @@ class Fp8Experts(torch.autograd.Function):
         tokens_TD, probs_R, hidden, hidden_scales, *mapped = ctx.saved_tensors
         (weight1, weight2), recipe, row_map = ctx.weights, ctx.recipe, RowMap(*mapped)
         grad_TD = grad_TD.contiguous()
-        rows = permute_quantize(grad_TD, row_map, recipe.power_of_two)
-        grad_inner = _grouped(rows, quantized(weight2, recipe).transposed, row_map, grad_TD.dtype)
+        rows = Quantized(*permute_quantize(grad_TD, row_map, recipe.power_of_two))
+        grad_inner = _grouped(rows, quantized(weight2, recipe)[1], row_map, grad_TD.dtype)
         made = swiglu_backward_quantize(grad_inner, hidden, hidden_scales, probs_R, recipe.power_of_two)
-        grad_rows = _grouped(Quantized(made.payload, made.scales), quantized(weight1, recipe).transposed, row_map, grad_TD.dtype)
+        grad_rows = _grouped(Quantized(made.payload_R2F, made.scales), quantized(weight1, recipe)[1], row_map, grad_TD.dtype)
         ends = row_map.ends_E
 
         def add1(total: torch.Tensor) -> None:
-            accumulate_grouped_(total, made.grad_hidden, permute_rows(tokens_TD, row_map), ends)
+            accumulate_grouped_(total, made.grad_hidden_R2F, permute_rows(tokens_TD, row_map), ends)
 
         def add2(total: torch.Tensor) -> None:
-            accumulate_grouped_(total, permute_rows(grad_TD, row_map), made.activation, ends)
+            accumulate_grouped_(total, permute_rows(grad_TD, row_map), made.activation_RF, ends)
 
         grads = [weight_gradient(weight, added_to_zero(weight, add), add) for weight, add in ((weight1, add1), (weight2, add2))]
-        return unpermute(grad_rows, row_map), made.grad_probs, *grads, None, None
+        return unpermute(grad_rows, row_map), made.grad_probs_R, *grads, None, None
 
 
 def _grouped(rows: Quantized, weight, row_map: RowMap, dtype: torch.dtype) -> torch.Tensor:

@@ -33,7 +33,7 @@ class Fp8Linear(torch.autograd.Function):
         ctx.shape, ctx.dtype, ctx.weight, ctx.recipe = x.shape, x.dtype, weight, recipe
         ctx.sum_input_grad, ctx.gathers, ctx.group = sum_input_grad, gathers, group
         whole = _gathered(rows, group) if gathers else rows
-        made = rows_by_blocks(whole, quantized(weight, recipe), x.dtype)
+        made = rows_by_blocks(whole, quantized(weight, recipe)[0], x.dtype)
         lines = (x.shape[0] * group.size(), *x.shape[1:-1]) if gathers else x.shape[:-1]
         return made[: math.prod(lines)].view(*lines, weight.shape[0])
 
@@ -42,10 +42,10 @@ class Fp8Linear(torch.autograd.Function):
         recipe, weight, group = ctx.recipe, ctx.weight, ctx.group
         rows = Quantized(*ctx.saved_tensors)
         flat = _padded(grad.reshape(-1, grad.shape[-1]), BLOCK)
-        by_rows, by_columns = quantize_both(flat, recipe.power_of_two)
+        both = quantize_both(flat, recipe.power_of_two)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = rows_by_blocks(by_rows, quantized(weight, recipe).transposed, ctx.dtype)
+            grad_x = rows_by_blocks(Quantized(both.payload, both.scales), quantized(weight, recipe)[1], ctx.dtype)
             count = math.prod(ctx.shape[:-1])
             if ctx.gathers:
                 part = grad_x.new_empty(count, grad_x.shape[1])
@@ -57,7 +57,8 @@ class Fp8Linear(torch.autograd.Function):
 
         def add(total_NK: torch.Tensor) -> None:
             whole = _gathered(rows, group) if ctx.gathers else rows
-            add_rows_by_rows_(total_NK, by_columns, requantize_columns(*whole, recipe.power_of_two))
+            left = Quantized(both.payload_t, both.scales_t)
+            add_rows_by_rows_(total_NK, left, requantize_columns(*whole, recipe.power_of_two))
 
         grad_weight = weight_gradient(weight, added_to_zero(weight, add), add) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None, None, None, None

@@ -9,29 +9,12 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from r1mega.config.errors import UserError
-from r1mega.ops.quantize import Quantized
-
-BLOCK = 128
-
-
-class BlockQuantized(NamedTuple):
-    """A weight ``[..., N, K]`` in 128x128 blocks, as it is and transposed: the forward product's and the input gradient's side."""
-
-    payload: torch.Tensor
-    scales: torch.Tensor
-    payload_t: torch.Tensor
-    scales_t: torch.Tensor
-
-    @property
-    def transposed(self) -> BlockQuantized:
-        """The same weight as ``[..., K, N]``."""
-        return BlockQuantized(self.payload_t, self.scales_t, self.payload, self.scales)
+from r1mega.ops.quantize import BLOCK, Quantized
 
 
 @functools.cache
@@ -47,7 +30,7 @@ def deep_gemm() -> ModuleType:
     return package
 
 
-def rows_by_blocks(rows: Quantized, weight: BlockQuantized, dtype: torch.dtype) -> torch.Tensor:
+def rows_by_blocks(rows: Quantized, weight: Quantized, dtype: torch.dtype) -> torch.Tensor:
     """``rows [M, K]`` times ``weight [N, K]`` transposed: ``[M, N]`` in ``dtype``."""
     if not rows.payload.is_cuda:
         return (_of_rows(rows) @ _of_blocks(weight).t()).to(dtype)
@@ -75,7 +58,7 @@ def add_rows_by_rows_(total: torch.Tensor, left: Quantized, right: Quantized) ->
 
 
 def grouped_rows_by_blocks(
-    rows: Quantized, weight: BlockQuantized, row_experts_R: torch.Tensor, ends_E: torch.Tensor, dtype: torch.dtype
+    rows: Quantized, weight: Quantized, row_experts_R: torch.Tensor, ends_E: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """Each expert's rows times its weight ``[N, K]`` transposed: ``[R, N]``. The rows behind the last expert's are left unset.
 
@@ -86,11 +69,11 @@ def grouped_rows_by_blocks(
     if not payload.is_cuda:
         values, start = _of_rows(rows), 0
         for expert, end in enumerate(ends_E.tolist()):
-            own = BlockQuantized(*(part[expert] for part in weight))
+            own = Quantized(weight.payload[expert], weight.scales[expert])
             out[start:end] = values[start:end] @ _of_blocks(own).t()
             start = end
     elif len(payload):
-        deep_gemm().m_grouped_fp8_gemm_nt_contiguous(tuple(rows), (weight.payload, weight.scales), out, row_experts_R)
+        deep_gemm().m_grouped_fp8_gemm_nt_contiguous(tuple(rows), tuple(weight), out, row_experts_R)
     return out
 
 
@@ -99,7 +82,7 @@ def _of_rows(rows: Quantized) -> torch.Tensor:
     return wide * rows.scales.repeat_interleave(BLOCK, dim=1)[:, : wide.shape[1]]
 
 
-def _of_blocks(weight: BlockQuantized) -> torch.Tensor:
+def _of_blocks(weight: Quantized) -> torch.Tensor:
     wide = weight.payload.float()
     scales = weight.scales.repeat_interleave(BLOCK, dim=0).repeat_interleave(BLOCK, dim=1)
     return wide * scales[: wide.shape[0], : wide.shape[1]]

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from r1mega.model.fp8.products import BlockQuantized
-from r1mega.ops.quantize import quantize_blocks
+from r1mega.ops.quantize import Quantized, quantize_blocks
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,10 @@ class Recipe:
     power_of_two: bool = False
 
 
-_kept: dict[int, tuple[torch.Tensor, BlockQuantized]] | None = None
+Ways = tuple[Quantized, Quantized]
+"""A weight as it is, for the forward product, and its transpose, for the gradient of the input."""
+
+_kept: dict[int, tuple[torch.Tensor, Ways]] | None = None
 """By the parameter's identity; the parameter beside it, so that no other takes its place while it is kept."""
 
 
@@ -37,11 +39,12 @@ def kept_weights() -> Iterator[None]:
         _kept = None
 
 
-def quantized(weight: torch.Tensor, recipe: Recipe) -> BlockQuantized:
-    """``[N, K]`` or stacked ``[e, N, K]`` in 128x128 blocks, both ways round."""
+def quantized(weight: torch.Tensor, recipe: Recipe) -> Ways:
+    """``[N, K]`` or stacked ``[e, N, K]`` in 128x128 blocks, and the same transposed."""
     if _kept is not None and id(weight) in _kept:
         return _kept[id(weight)][1]
-    made = BlockQuantized(*quantize_blocks(weight.detach(), recipe.power_of_two, transposed=True))
+    both = quantize_blocks(weight.detach(), recipe.power_of_two, transposed=True)
+    made = Quantized(both.payload, both.scales), Quantized(both.payload_t, both.scales_t)
     if _kept is not None:
         _kept[id(weight)] = weight, made
     return made
