@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from r1mega.ops import library
-from r1mega.ops.permute import permute, unpermute
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OPS = library.all_ops()
@@ -162,50 +161,6 @@ def test_gradients_are_near_the_references_twice_in_the_same_bits(op, case, dtyp
         assert_as_near_as_plain_torch(first, plain, truth)
 
 
-@pytest.mark.parametrize("top_k", [None, 2])
-def test_rows_are_sorted_by_expert_then_token_and_come_back_as_sums(top_k) -> None:
-    tokens = torch.arange(1.0, 5.0).unsqueeze(1).repeat(1, 3)
-    chosen = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]]).bool()
-    probs = torch.arange(12.0).view(4, 3)
-    got = permute(tokens, probs, chosen, top_k)
-    assert got.rows_RD[:, 0].tolist() == [1, 3, 4, 2, 4, 1, 2, 3]
-    assert got.probs_R.tolist() == [0, 6, 9, 4, 10, 2, 5, 8]
-    assert got.counts_E.tolist() == [3, 2, 3] and got.counts_E.dtype == torch.int64
-    torch.testing.assert_close(unpermute(got.rows_RD, got.row_map), 2 * tokens, rtol=0, atol=0)
-
-
-def test_sums_are_in_fp32_and_rounded_once() -> None:
-    rows = torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)  # 256 + 1 is 256 in bf16
-    chosen = torch.ones(1, 5, dtype=torch.bool)
-    row_map = permute(torch.zeros(1, 1), torch.zeros(1, 5), chosen).row_map
-    assert unpermute(rows, row_map).item() == 260
-
-
-def test_a_promise_of_top_k_that_is_not_kept_is_refused() -> None:
-    chosen = torch.tensor([[True, True, False], [True, False, False]])
-    with pytest.raises(ValueError, match="expected as many rows as routing_map chooses, 3, got 4"):
-        permute(torch.zeros(2, 4), torch.zeros(2, 3), chosen, top_k=2)
-    even = torch.tensor([[True, True, True], [True, False, False]])  # as many rows, not as many a token
-    with pytest.raises(ValueError, match="expected a width of at least a token's rows, 3, got 2"):
-        permute(torch.zeros(2, 4), torch.zeros(2, 3), even, top_k=2)
-
-
-@pytest.mark.skipif(not BUILT, reason=f"the C++ library is not built: {library.BUILD}")
-def test_the_kernels_checks_say_what_was_expected_and_what_came() -> None:
-    op = torch.ops.r1mega.permute
-    map_TE = torch.ones(2, 3, dtype=torch.bool)
-    for args, text in (
-        ((torch.zeros(2), torch.zeros(2, 3), map_TE, 6, 3), r"expected tokens \[T, D\], got 1 dim"),
-        ((torch.zeros(2, 4), torch.zeros(2, 3), map_TE.int(), 6, 3), "expected routing_map of bool, got Int"),
-        ((torch.zeros(2, 4), torch.zeros(2, 2), map_TE, 6, 3), r"expected probs of routing_map's shape \[2, 3\], got \[2, 2\]"),
-        ((torch.zeros(4, 4), torch.zeros(2, 3), map_TE, 6, 3), "expected a row of routing_map a token, 4, got 2"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            op(*args)
-    with pytest.raises(IndexError, match="expected rows from -1 to 1, got 2"):
-        torch.ops.r1mega.unpermute(torch.zeros(2, 3), torch.tensor([[2]]), torch.tensor([0, 0]))
-
-
 def test_the_python_schemas_are_those_of_the_library_source() -> None:
     source = (ROOT / "csrc" / "library.cpp").read_text().replace('"\n      "', "")
     assert [op.schema for op in OPS if f'"{op.schema}"' not in source] == []
@@ -245,5 +200,5 @@ def test_a_library_of_another_schema_is_refused_with_the_command() -> None:
         "permute.OPS = (dataclasses.replace(permute.PERMUTE, schema='permute(Tensor tokens) -> Tensor'),); library.load()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert "ops: the C++ library is of this source; got r1mega::permute(Tensor tokens, Tensor probs" in done.stderr
+    assert "ops: the C++ library is of this source; got r1mega::permute(Tensor tokens, Tensor row_tokens" in done.stderr
     assert library.BUILD in done.stderr

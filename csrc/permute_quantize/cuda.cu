@@ -1,0 +1,186 @@
+// permute_quantize on a GPU: a block has a token, quantises it in registers and stores bytes and scales to each of its rows.
+//
+// A thread holds kEach times 16 neighbours, so that eight lanes have a block of 128 and the bytes of a row are one 16-byte store.
+// A scale is four bytes at column `row`: neighbouring rows of an expert are written at about the same time and meet in the L2.
+
+#include "op.h"
+
+#include <ATen/ops/empty.h>
+#include <cuda_fp8.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "../common/fp8.h"
+#include "../common/stream.cuh"
+
+namespace r1mega {
+namespace {
+
+constexpr int kThreads = 256;            // of a block, at most
+constexpr int kEach = 2;                 // pieces of a thread
+constexpr int kPiece = 16;               // numbers of a piece
+constexpr int kLanes = kBlock / kPiece;  // that share a scale
+
+struct Move {
+  const int64_t* __restrict__ row_tokens;
+  const int64_t* __restrict__ token_rows;
+  uint8_t* __restrict__ payload;
+  float* __restrict__ scales;
+  int64_t T, R, R4, width, D;
+  bool power_of_two;
+};
+
+// Padding rows of this block, and the numbers of `scales` that belong to no row.
+__device__ __forceinline__ void clear_rest(const Move& move) {
+  const int64_t blocks = (move.D + kBlock - 1) / kBlock;
+  const float zero_scale = block_scale(0, move.power_of_two);
+  for (int64_t r = blockIdx.x; r < move.R; r += gridDim.x) {
+    if (move.row_tokens[r] >= 0) continue;
+    uint8_t* to = move.payload + r * move.D;
+    if (move.D % 16 == 0) {
+      for (int64_t p = threadIdx.x; p < move.D / 16; p += blockDim.x) __stcs(reinterpret_cast<uint4*>(to) + p, uint4{});
+    } else {
+      for (int64_t d = threadIdx.x; d < move.D; d += blockDim.x) to[d] = 0;
+    }
+    for (int64_t b = threadIdx.x; b < blocks; b += blockDim.x) move.scales[b * move.R4 + r] = zero_scale;
+  }
+  if (blockIdx.x != 0) return;
+  const int64_t spare = move.R4 - move.R;
+  for (int64_t i = threadIdx.x; i < blocks * spare; i += blockDim.x) move.scales[i / spare * move.R4 + move.R + i % spare] = 0.0f;
+}
+
+// D is a multiple of 16, tokens and payload are aligned.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads) permute_quantize_kernel(const scalar_t* __restrict__ tokens, const Move move) {
+  constexpr int kLoads = kPiece / kVector<scalar_t>;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t pieces = move.D / kPiece;
+  for (int64_t t = blockIdx.x; t < move.T; t += gridDim.x) {
+    for (int64_t first = threadIdx.x; first - threadIdx.x < pieces; first += kEach * blockDim.x) {
+      Vector<scalar_t, kVector<scalar_t>> part[kEach][kLoads];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int64_t p = first + i * blockDim.x;
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l) {
+          if (p < pieces) {
+            part[i][l] = load16_once(tokens + t * move.D + p * kPiece + l * kVector<scalar_t>);
+          } else {
+#pragma unroll
+            for (int j = 0; j < kVector<scalar_t>; ++j) part[i][l].value[j] = scalar_t(0.0f);
+          }
+        }
+      }
+      uint4 bytes[kEach];
+      float scale[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        float x[kPiece];
+        uint32_t largest = 0;
+#pragma unroll
+        for (int j = 0; j < kPiece; ++j) {
+          x[j] = static_cast<float>(part[i][j / kVector<scalar_t>].value[j % kVector<scalar_t>]);
+          largest = max(largest, magnitude(x[j]));
+        }
+#pragma unroll
+        for (int step = kLanes / 2; step > 0; step /= 2) largest = max(largest, __shfl_xor_sync(kAllLanes, largest, step));
+        scale[i] = block_scale(largest, move.power_of_two);
+        const float inverse = 1.0f / scale[i];
+        uint32_t word[4] = {};
+#pragma unroll
+        for (int j = 0; j < kPiece; j += 2) {
+          const float2 two{x[j] * inverse, x[j + 1] * inverse};
+          word[j / 4] |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3)) << (8 * (j % 4));
+        }
+        bytes[i] = uint4{word[0], word[1], word[2], word[3]};
+      }
+      for (int64_t batch = 0; batch < move.width; batch += kWarp) {
+        const int64_t mine = batch + lane < move.width ? move.token_rows[t * move.width + batch + lane] : -1;
+        const int most = static_cast<int>(min(static_cast<int64_t>(kWarp), move.width - batch));
+        for (int k = 0; k < most; ++k) {
+          const int64_t r = __shfl_sync(kAllLanes, mine, k);
+          if (r < 0 || r >= move.R) continue;
+#pragma unroll
+          for (int i = 0; i < kEach; ++i) {
+            const int64_t p = first + i * blockDim.x;
+            if (p >= pieces) continue;
+            __stcs(reinterpret_cast<uint4*>(move.payload + r * move.D) + p, bytes[i]);
+            if (p % kLanes == 0) move.scales[p / kLanes * move.R4 + r] = scale[i];
+          }
+        }
+      }
+    }
+  }
+  clear_rest(move);
+}
+
+// Any D: a warp a block of 128.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads) permute_quantize_any_kernel(const scalar_t* __restrict__ tokens, const Move move) {
+  constexpr int kOwn = kBlock / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int64_t t = blockIdx.x; t < move.T; t += gridDim.x) {
+    for (int64_t b = warp; b * kBlock < move.D; b += kThreads / kWarp) {
+      float x[kOwn];
+      uint32_t largest = 0;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int64_t d = b * kBlock + i * kWarp + lane;
+        x[i] = d < move.D ? static_cast<float>(tokens[t * move.D + d]) : 0.0f;
+        largest = max(largest, magnitude(x[i]));
+      }
+      const float scale = block_scale(warp_max(largest), move.power_of_two), inverse = 1.0f / scale;
+      uint8_t byte[kOwn];
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) byte[i] = to_e4m3(x[i], inverse);
+      for (int64_t k = 0; k < move.width; ++k) {
+        const int64_t r = move.token_rows[t * move.width + k];
+        if (r < 0 || r >= move.R) continue;
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          const int64_t d = b * kBlock + i * kWarp + lane;
+          if (d < move.D) move.payload[r * move.D + d] = byte[i];
+        }
+        if (lane == 0) move.scales[b * move.R4 + r] = scale;
+      }
+    }
+  }
+  clear_rest(move);
+}
+
+std::tuple<at::Tensor, at::Tensor> permute_quantize_cuda(
+    const at::Tensor& tokens_any, const at::Tensor& row_tokens_any, const at::Tensor& token_rows_any, bool power_of_two) {
+  const auto [T, R, width, D] = check_permute_quantize(tokens_any, row_tokens_any, token_rows_any);
+  const c10::cuda::CUDAGuard guard(tokens_any.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const at::Tensor tokens = tokens_any.contiguous(), row_tokens = row_tokens_any.contiguous();
+  const at::Tensor token_rows = token_rows_any.contiguous();
+  const int64_t R4 = ceil_div(R, 4) * 4;
+  at::Tensor payload = at::empty({R, D}, tokens.options().dtype(at::kFloat8_e4m3fn));
+  at::Tensor scales = at::empty({ceil_div(D, kBlock), R4}, tokens.options().dtype(at::kFloat));
+  if (R > 0 && D > 0) {
+    const Move move{
+        row_tokens.const_data_ptr<int64_t>(), token_rows.const_data_ptr<int64_t>(),
+        static_cast<uint8_t*>(payload.mutable_data_ptr()), scales.mutable_data_ptr<float>(), T, R, R4, width, D, power_of_two};
+    const unsigned grid = grid_of(std::max(T, ceil_div(R, 16)));  // padding rows are spread over many blocks
+    const auto launch = [&, D = D](auto number) {
+      using scalar_t = decltype(number);
+      const scalar_t* in = tokens.const_data_ptr<scalar_t>();
+      if (D % kPiece == 0 && fits16(in, D)) {
+        permute_quantize_kernel<scalar_t><<<grid, threads_for(D / kPiece, kEach, kThreads), 0, stream>>>(in, move);
+      } else {
+        permute_quantize_any_kernel<scalar_t><<<grid, kThreads, 0, stream>>>(in, move);
+      }
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    };
+    tokens.scalar_type() == at::kFloat ? launch(float{}) : launch(c10::BFloat16{});
+  }
+  return {payload, scales.t().narrow(0, 0, R)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(r1mega, CUDA, m) { m.impl("permute_quantize", permute_quantize_cuda); }
+
+}  // namespace r1mega

@@ -1,0 +1,109 @@
+"""Op ``permute_quantize``: tokens to rows sorted by expert in E4M3 with a scale a 1x128 block (DeepSeek-V3, arXiv 2412.19437, 3.3).
+
+``payload[r], scales[r] = quantise(tokens[row_tokens[r]])``: ``scale = max(amax, 2^-100) / 448``, ``payload = e4m3(x / scale)``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from r1mega.ops.library import Case, Op
+from r1mega.ops.row_map import SITUATIONS, RowMap, routing, row_map_reference, sizes_of
+
+BLOCK = 128
+LARGEST = 448.0
+SMALLEST_AMAX = 2.0**-100
+
+
+def permute_quantize(tokens_TD: torch.Tensor, row_map: RowMap, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token, quantised once, to its rows: ``payload_RD`` (float8_e4m3fn) and ``scales`` (fp32, ``[R, ceil(D / 128)]``).
+
+    ``tokens_TD``: bf16 or fp32, any strides. Blocks of 128 numbers along D, the last one shorter where D is no multiple. The scale
+    of a block is ``max(amax, 2^-100) / 448`` in fp32, rounded up to a power of two on request; the payload ``e4m3(x * (1 /
+    scale))``, product in fp32, to the nearest, ties to even, at most 448 in magnitude. A block with NaN or infinity has a scale
+    that is not finite, and reads back as NaN. Padding rows: payload 0 and the scale of a block of zeros.
+
+    ``scales`` has strides ``(1, R4)``, R4 being R rounded up to a multiple of 4 (what DeepGEMM and cuBLAS read as it is), and 0 in
+    the rest of its storage. The same bits on every device. No gradient. ``row_map``: from :func:`r1mega.ops.row_map.map_rows`.
+    """
+    return PERMUTE_QUANTIZE.packet(tokens_TD, row_map.row_tokens_R, row_map.token_rows_TK, power_of_two)
+
+
+def row_scales(M: int, K: int, device: torch.device) -> torch.Tensor:
+    """Scales of 1x128 blocks of ``[M, K]``, zeros: ``[M, ceil(K / 128)]`` fp32 of strides ``(1, M rounded up to 4)``."""
+    return torch.zeros(-(-K // BLOCK), -(-M // 4) * 4, dtype=torch.float32, device=device).t()[:M]
+
+
+def quantize_rows_reference(x: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Payload and scales of ``x [M, K]``, scales in the layout of :func:`row_scales`."""
+    M, K = x.shape
+    blocks = torch.nn.functional.pad(x.float(), (0, -K % BLOCK)).view(M, -(-K // BLOCK), BLOCK)
+    # as integers, NaN is above infinity: a block that holds one has a scale that is not finite
+    magnitude = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(2) if blocks.numel() else blocks.new_zeros(blocks.shape[:2]).int()
+    smallest = torch.full((), SMALLEST_AMAX, device=x.device).view(torch.int32)
+    scale = torch.maximum(magnitude, smallest).view(torch.float32) / LARGEST
+    if power_of_two:
+        bits = scale.view(torch.int32)
+        up = torch.where((bits & 0x007FFFFF) != 0, (bits & 0x7F800000) + 0x00800000, bits)
+        scale = torch.where(bits < 0x7F800000, up, bits).view(torch.float32)
+    scaled = (blocks * scale.reciprocal().unsqueeze(2)).clamp(-LARGEST, LARGEST).view(M, blocks.shape[1] * BLOCK)[:, :K]
+    scales = row_scales(M, K, x.device)
+    scales.copy_(scale)
+    return scaled.to(torch.float8_e4m3fn), scales
+
+
+def _reference(tokens, row_tokens, token_rows, power_of_two):
+    payload, scale = quantize_rows_reference(tokens, power_of_two)
+    scales = row_scales(len(row_tokens), tokens.shape[1], tokens.device)
+    if not len(tokens):
+        zero = tokens.new_zeros(len(row_tokens), tokens.shape[1])
+        payload, scale = quantize_rows_reference(zero, power_of_two)
+        scales.copy_(scale)
+        return payload, scales
+    padding, token = (row_tokens < 0).unsqueeze(1), row_tokens.clamp(min=0)
+    rows = torch.where(padding, 0, payload.view(torch.uint8)[token]).view(torch.float8_e4m3fn)
+    zero_scale = quantize_rows_reference(tokens.new_zeros(1, 1), power_of_two)[1]
+    scales.copy_(torch.where(padding, zero_scale, scale[token]))
+    return rows, scales
+
+
+def _fake(tokens, row_tokens, token_rows, power_of_two):
+    R, D = row_tokens.shape[0], tokens.shape[1]
+    payload = tokens.new_empty(R, D, dtype=torch.float8_e4m3fn)
+    return payload, tokens.new_empty(-(-D // BLOCK), -(-R // 4) * 4, dtype=torch.float32).t()[:R]
+
+
+def _case(T, E, top_k, D=300, scale=1.0, power_of_two=False, multiple=1, spare=0, **how):
+    def make(dtype, device):
+        draw = torch.Generator().manual_seed(T + D)
+        tokens = torch.randn(T, D, generator=draw) * torch.rand(T, 1, generator=draw) * scale
+        if T and D:
+            tokens[0] = 0.0  # blocks of zeros
+            tokens[-1, : D // 2] *= 2.0**-120  # below the smallest amax
+        chosen = routing(T, E, top_k, device, **how)
+        _, _, _, row_tokens, token_rows = row_map_reference(chosen, *sizes_of(chosen, multiple, spare))
+        tokens = tokens.to(device, dtype)
+        tokens = tokens.t().contiguous().t() if how.get("strided") else tokens
+        return tokens, row_tokens, token_rows, power_of_two
+
+    return make
+
+
+_MORE = (
+    ("powers of two", (13, 8, 2), {"power_of_two": True}),
+    ("powers of two, padding", (13, 8, 2), {"power_of_two": True, "multiple": 4, "D": 512}),
+    ("extreme values", (11, 4, 2), {"scale": 1e30, "D": 256}),
+    ("width of none", (6, 4, 2), {"D": 0}),
+    ("a last block of 16", (6, 4, 2), {"D": 144}),
+    ("odd", (6, 4, 2), {"D": 131}),
+    ("rows of several rounds", (5, 4, 2), {"D": 8208}),
+)
+
+PERMUTE_QUANTIZE = Op(
+    "permute_quantize(Tensor tokens, Tensor row_tokens, Tensor token_rows, bool power_of_two) -> (Tensor payload, Tensor scales)",
+    _reference,
+    _fake,
+    cases=tuple(Case(name, _case(*sizes, **how)) for name, sizes, how in SITUATIONS + _MORE),
+    dtypes=(torch.bfloat16, torch.float32),
+)
+OPS = (PERMUTE_QUANTIZE,)
