@@ -170,6 +170,15 @@ def allocation_device() -> torch.device:
     return torch.device("cpu") if _chosen is None else _chosen.torch_device
 
 
+ARCHITECTURES = "R1MEGA_CUDA_ARCH"
+"""Names the compute capabilities that csrc/ is built for; see setup.py."""
+
+
+def gpu_toolkit() -> str | None:
+    """Version of CUDA that torch is built for; None of a CPU build."""
+    return torch.version.cuda
+
+
 def gpu_capability() -> str | None:
     """Compute capability ("9.0") of the GPU that this process computes on; None where it uses none (yet)."""
     if (_chosen is None or _chosen.is_cpu) and not torch.cuda.is_initialized():

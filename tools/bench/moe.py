@@ -1,4 +1,4 @@
-"""``r1mega bench bench=moe`` from a checkout that is not installed: ``python tools/bench/moe.py device=cuda precision=bf16 model.num_experts=16``."""
+"""``r1mega bench bench=moe`` without installing: ``python tools/bench/moe.py device=cuda precision=bf16 ...``."""
 
 import sys
 from pathlib import Path

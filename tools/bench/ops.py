@@ -1,4 +1,4 @@
-"""``r1mega bench bench=ops`` from a checkout that is not installed: ``python tools/bench/ops.py device=cuda op=permute rounds=30``."""
+"""``r1mega bench bench=ops`` without installing: ``python tools/bench/ops.py device=cuda op=permute ...``."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``r1mega bench bench=step`` from a checkout that is not installed: ``python tools/bench/step.py device=cuda precision=bf16 model.num_experts=16``."""
+"""``r1mega bench bench=step`` without installing: ``python tools/bench/step.py device=cuda precision=bf16 ...``."""
 
 import sys
 from pathlib import Path

@@ -43,7 +43,7 @@ def _alone(config: BenchConfig, device: Device) -> Iterator[Mesh]:
 
 
 def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[str, Any], float]:
-    """Forward and backward of one MoE layer, shared experts included, all experts here, and its operations; the peak of memory in each phase."""
+    """Forward and backward of one MoE layer, shared experts included, all experts here; and its operations."""
     from r1mega.model.build import build_stages, transformer_config
 
     model = replace(config.model, num_layers=1, first_k_dense=0, num_mtp_layers=0, vocab_size=256, vocab_padding=0)
@@ -100,7 +100,7 @@ def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[st
 
 
 def training_step(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[str, Any], float]:
-    """A training step of ``config.model`` on random tokens: forward and backward of all microbatches, then the optimizer; and its operations."""
+    """A step on random tokens: forward and backward of all microbatches, then the optimizer; and the operations of the passes."""
     from r1mega.model.flops import train_flops_per_token
     from r1mega.model.forward import TokenTensors, token_losses
     from r1mega.train.fit import masked_sum

@@ -83,7 +83,7 @@ def _of_model(config: BenchConfig, device: Device, limits: dict[str, float]) -> 
     case = f"{model.name}, {model.num_experts} experts, {size}, {numbers['precision']}"
     took = numbers["forward_backward_ms"]
     row = Row(config.bench, case, 1e3 * took, 0, round(flops), "bf16", limits.get("bf16"))
-    return numbers | {"share_of_bf16_product": None if row.share is None else round(row.share, 3)}, [row]
+    return numbers | {"share_of_bf16_product": None if row.share is None else float(f"{row.share:.4g}")}, [row]
 
 
 def _told(found: dict[str, Any], limits: dict[str, float]) -> str:
