@@ -3,6 +3,15 @@
 
 #include <torch/library.h>
 
+#if __has_include("r1mega_build.h")
+#include "r1mega_build.h"  // setup.py's
+#else
+#define R1MEGA_BUILD ""
+#endif
+
+// What this library was built for, read from the file by r1mega/ops/build.py before anything is loaded.
+extern "C" __attribute__((used, visibility("default"))) const char r1mega_build[] = "r1mega-build:" R1MEGA_BUILD ";";
+
 TORCH_LIBRARY(r1mega, m) {
   m.def(
       "permute(Tensor tokens, Tensor probs, Tensor routing_map, SymInt num_rows, SymInt width) "

@@ -73,6 +73,7 @@ COMMANDS: dict[str, Command] = {
     "lineage": Command(
         "r1mega.train.lineage:lineage", "where a checkpoint comes from, each ancestor by its hash", all_ranks=False, saves=False
     ),
+    "bench": Command("r1mega.testing.measure.run:bench", "ops, a MoE layer or a training step, measured", all_ranks=False),
     "doctor": Command("r1mega.doctor.report:doctor", "what is here and usable, what is missing", all_ranks=False, saves=False),
     "completion": Command(
         "r1mega.config.completion:completion", "a script that completes the command line", all_ranks=False, saves=False
@@ -294,6 +295,11 @@ def timeline(*overrides: Any) -> Any:
 def lineage(*overrides: Any) -> Any:
     """Where a checkpoint comes from: ``lineage("checkpoint=runs/x")``, or one LineageConfig."""
     return _call("lineage", overrides)
+
+
+def bench(*overrides: Any) -> Any:
+    """What is fast and how fast: ``bench("bench=ops", "op=permute", "device=cuda")``, or one BenchConfig."""
+    return _call("bench", overrides)
 
 
 def doctor(*overrides: Any) -> Any:

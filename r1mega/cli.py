@@ -1,8 +1,9 @@
 """``r1mega COMMAND [group=choice] [key=value] ...``: arguments in, exit status out. Owns flags, help and how errors look.
 
-Status 0 done, 1 a job of a sweep failed, doctor found something required that does not work, or a rank has lost another one, 2
-wrong input (one line a fault, no traceback unless ``debug=true``), 75 SIGTERM came and the run is saved, so that the same command
-goes on (EX_TEMPFAIL), 130 Ctrl-C, a failed rank's own status. Any other error is a defect of ours and keeps its traceback.
+Status 0 done, 1 a job of a sweep failed, doctor found something required that does not work, a figure of bench has fallen, or a
+rank has lost another one, 2 wrong input (one line a fault, no traceback unless ``debug=true``), 75 SIGTERM came and the run is
+saved, so that the same command goes on (EX_TEMPFAIL), 130 Ctrl-C, a failed rank's own status. Any other error is a defect of ours
+and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from r1mega import __version__
 from r1mega.api import COMMANDS, checked, run
-from r1mega.config.errors import STOPPED, Stopped, UserError
+from r1mega.config.errors import FAILED, STOPPED, Failed, Stopped, UserError
 from r1mega.config.schema import schema
 
 LOST, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(told, file=sys.stderr)
         return LOST
+    except Failed as failed:
+        print(failed, file=sys.stderr)
+        return FAILED
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return STOPPED

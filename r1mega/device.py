@@ -6,8 +6,11 @@ Its state is the choice.
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ import torch
 
 from r1mega.config.errors import UserError
 from r1mega.config.run import DeviceConfig
+
+CLOCK_KHZ = 2_000_000
+"""About a GPU's clock, in which its waiting is counted."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,6 +48,53 @@ class Device:
         """Wait for what this thread has queued, and not for messages that are still to come on streams of their own."""
         if not self.is_cpu:
             torch.cuda.current_stream().synchronize()
+
+    def mark(self) -> Any:
+        """This point in the device's queue (on a CPU: now), for :meth:`milliseconds`."""
+        if self.is_cpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, begin: Any, end: Any) -> float:
+        """From one :meth:`mark` to another, once the device has come to it."""
+        if self.is_cpu:
+            return 1e3 * (end - begin)
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def hold(self, milliseconds: float) -> None:
+        """Keep a GPU busy for about so long, so that the host can queue work that then runs without gaps; nothing on a CPU."""
+        if not self.is_cpu:
+            torch.cuda._sleep(int(milliseconds * CLOCK_KHZ))
+
+    def open_range(self, name: str) -> Callable[[], None]:
+        """Begin a named range in what a profiler records (NVTX on a GPU, a record of torch's on a CPU); returns what ends it.
+
+        Ranges need not be nested, nor end on the thread where they began on a GPU.
+        """
+        if not self.is_cpu:
+            handle = torch.cuda.nvtx.range_start(name)
+            return lambda: torch.cuda.nvtx.range_end(handle)
+        record = torch.profiler.record_function(name)
+        record.__enter__()
+        return lambda: record.__exit__(None, None, None)
+
+    @property
+    def hardware(self) -> str:
+        """The maker's name of a GPU, or of the processor."""
+        if not self.is_cpu:
+            return torch.cuda.get_device_name()
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+        found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+        return found or platform.processor() or platform.machine()
+
+    def reset_peak_bytes(self) -> None:
+        """Let :meth:`peak_bytes` begin anew; a CPU's cannot."""
+        if not self.is_cpu:
+            torch.cuda.reset_peak_memory_stats()
 
     def peak_bytes(self) -> int:
         """Largest memory so far: the process's resident set on a CPU, the allocator's peak on a GPU."""
@@ -117,6 +170,22 @@ def allocation_device() -> torch.device:
     return torch.device("cpu") if _chosen is None else _chosen.torch_device
 
 
+ARCHITECTURES = "R1MEGA_CUDA_ARCH"
+"""Names the compute capabilities that csrc/ is built for; see setup.py."""
+
+
+def gpu_toolkit() -> str | None:
+    """Version of CUDA that torch is built for; None of a CPU build."""
+    return torch.version.cuda
+
+
+def gpu_capability() -> str | None:
+    """Compute capability ("9.0") of the GPU that this process computes on; None where it uses none (yet)."""
+    if (_chosen is None or _chosen.is_cpu) and not torch.cuda.is_initialized():
+        return None
+    return "{}.{}".format(*torch.cuda.get_device_capability())
+
+
 def open_device(config: DeviceConfig) -> Device:
     """Choose the device and set threads and number modes. Raises UserError where a GPU is asked for and there is none."""
     global _chosen
@@ -147,8 +216,6 @@ def _set_determinism(wanted: bool) -> None:
 
 def peak_tflops(device: Device, dtype: torch.dtype) -> float:
     """Matrix-product rate of this process in TFLOP/s, measured: the peak that MFU is a share of where the user names none."""
-    import time
-
     size = 512 if device.is_cpu else 8192
     # from a generator of its own: the run's own goes on from where a checkpoint left it
     generator = torch.Generator(device.torch_device).manual_seed(0)

@@ -20,6 +20,14 @@ class Stopped(Exception):
     """The run was asked to end (SIGTERM) and has saved first; the same command goes on."""
 
 
+FAILED = 1
+"""Exit status after :class:`Failed`."""
+
+
+class Failed(Exception):
+    """A command has done its work, and what it was to check does not hold; one line a fault."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Violation:
     """One broken rule. ``fixes``: keys with the values that mend it, each value alone; ``hint``: the way out where no value is."""

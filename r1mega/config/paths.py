@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from r1mega.config.bench import BenchConfig
 from r1mega.config.convert import ConvertConfig
 from r1mega.config.data import CompareConfig, PrepareConfig, ReportConfig
 from r1mega.config.errors import UserError, Violation
@@ -60,7 +61,12 @@ def violations(config: Any) -> Iterator[Violation]:
         yield from _compared(config.run)
     if isinstance(config, ConvertConfig):
         yield from _folder("source", config.source, "a checkpoint's folder")
-    if isinstance(config, ComputeConfig | PrepareConfig) and not isinstance(config, ChatConfig):
+    if isinstance(config, BenchConfig) and config.baseline is not None:
+        if config.check and not Path(config.baseline).is_file():
+            yield _absent("baseline", "a file of figures", config.baseline)
+        if config.write_baseline:
+            yield from _written("baseline", config.baseline)
+    if isinstance(config, ComputeConfig | PrepareConfig | BenchConfig) and not isinstance(config, ChatConfig):
         yield from _written("out", config.out, folder=True)
     if isinstance(config, ExportConfig | ConvertConfig):
         yield from _written("target", config.target, folder=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from r1mega import registry
+from r1mega.config.bench import BenchConfig
 from r1mega.config.errors import UserError, Violation, nearest
 from r1mega.config.knob import REQUIRED
 from r1mega.config.launch_rules import launch_violations
@@ -31,7 +32,7 @@ from r1mega.config.parallel_rules import (
 )
 from r1mega.config.precision_rules import precision_violations, width_violations
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RewardConfig, RlConfig
-from r1mega.config.run import ComputeConfig, LogConfig
+from r1mega.config.run import ComputeConfig, LogConfig, ParallelConfig
 from r1mega.config.saving_rules import export_violations
 from r1mega.config.schema import plain_type
 from r1mega.config.train import TUNABLE_MODEL_FIELDS, OptimConfig, PretrainConfig, SftConfig
@@ -97,11 +98,15 @@ def cross_violations(config: Any) -> Iterator[Violation]:
         yield from layout_violations(config)
         yield from precision_violations(config)
         yield from _log(config.log)
+    if isinstance(config, BenchConfig) and config.bench != "ops":
+        yield from model_violations(config.model, ParallelConfig(), 1)
+        if config.bench == "step":
+            yield from _length("sequence_length", config.sequence_length, config.model)
     if isinstance(config, PretrainConfig | SftConfig):
         yield from choice_violations(config)
     if isinstance(config, PretrainConfig):
         yield from _cut(config, config.model)
-        yield from _length(config)
+        yield from _length("data.sequence_length", config.data.sequence_length, config.model)
     if isinstance(config, SftConfig | RlConfig):
         yield from _tunable(config.model)
     if isinstance(config, PretrainConfig | SftConfig):
@@ -143,15 +148,10 @@ def _cut(config: PretrainConfig | SftConfig, model: ModelConfig) -> Iterator[Vio
     yield from width_violations(config.precision, model, parallel)
 
 
-def _length(config: PretrainConfig) -> Iterator[Violation]:
-    length, longest = config.data.sequence_length, config.model.max_position_embeddings
+def _length(where: str, length: int, model: ModelConfig) -> Iterator[Violation]:
+    longest = model.max_position_embeddings
     if length > longest:
-        yield Violation(
-            "data.sequence_length",
-            f"at most model.max_position_embeddings {longest}",
-            length,
-            (("data.sequence_length", (longest,)),),
-        )
+        yield Violation(where, f"at most model.max_position_embeddings {longest}", length, ((where, (longest,)),))
 
 
 def _blend(config: PretrainConfig | SftConfig) -> Iterator[Violation]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from r1mega import registry
+from r1mega.config.bench import BenchConfig
 from r1mega.config.convert import ConvertConfig
 from r1mega.config.data import CompareConfig, PrepareConfig, RecipeConfig, ReportConfig
 from r1mega.config.errors import UserError, nearest
@@ -35,6 +36,7 @@ SCHEMAS: dict[str, type] = {
     "chat": ChatConfig,
     "timeline": TimelineConfig,
     "lineage": LineageConfig,
+    "bench": BenchConfig,
     "doctor": DoctorConfig,
     "completion": CompletionConfig,
 }

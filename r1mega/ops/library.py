@@ -2,7 +2,7 @@
 
 An op is an :class:`Op`: schema, reference, fake, backward, cases. :func:`load` registers all ops once a process, on first use.
 Where the library ``r1mega/_C.torch-VERSION.so`` is there, its kernels serve their device; the reference serves every device without
-a kernel of its own. Where it is not there, rank 0 says so once on stderr.
+a kernel of its own. Where it is not there, rank 0 says so once on stderr. One that was built for something else is refused by name.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 
+from r1mega import device
 from r1mega.config.errors import UserError
+from r1mega.ops import build
 
 NAMESPACE = "r1mega"
-BUILD = "python setup.py build_ext --inplace"
+BUILD = build.COMMAND
 FP32_BF16 = (torch.float32, torch.bfloat16)
 
 
@@ -64,17 +66,45 @@ class Op:
     def packet(self) -> Any:
         """What ``torch.ops.r1mega.NAME`` is, all ops loaded."""
         load()
-        return getattr(torch.ops.r1mega, self.name)
+        found = getattr(torch.ops.r1mega, self.name)
+        return found if _open_range is None else _named(found, self.name)
+
+
+_open_range: Callable[[str], Callable[[], None]] | None = None
+
+
+def name_ranges(open_range: Callable[[str], Callable[[], None]] | None) -> None:
+    """From now on each call of an op, of its backward's too, is a named range of a profiler; None: no longer.
+
+    ``open_range``: see :meth:`r1mega.device.Device.open_range`.
+    """
+    global _open_range
+    _open_range = open_range
+
+
+def _named(packet: Any, name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        close = _open_range(f"{NAMESPACE}::{name}") if _open_range else None
+        try:
+            return packet(*args, **kwargs)
+        finally:
+            if close:
+                close()
+
+    return call
 
 
 def library_path() -> Path:
     """Where the C++ library for this torch lies, built or not."""
-    return Path(__file__).resolve().parent.parent / f"_C.torch-{torch.__version__}.so"
+    return build.library_path(torch.__version__)
 
 
 @functools.cache
 def load() -> bool:
-    """Register all ops; True where the C++ library serves them. Raises UserError for a library whose schemas are not these."""
+    """Register all ops; True where the C++ library serves them.
+
+    Raises UserError for a library whose schemas are not these, or that was built for another torch or for other GPUs.
+    """
     built = _load_library()
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for op in all_ops():
@@ -105,17 +135,36 @@ def all_ops() -> tuple[Op, ...]:
 def _load_library() -> bool:
     path, why = library_path(), "it is not built"
     if path.is_file():
+        _refuse_others(path)
         try:
             torch.ops.load_library(str(path))
             return True
         except (OSError, RuntimeError) as error:  # another compiler's runtime, or a torch of the same version built in another way
             why = (str(error).splitlines() or [type(error).__name__])[0]
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            f"ops: no C++ kernels for torch {torch.__version__} ({why}), plain torch does their work; to build them: {BUILD}",
-            file=sys.stderr,
-        )
+    elif found := build.others(path):
+        why = f"the library is built for torch {', '.join(found)}, this is {torch.__version__}"
+    _tell(f"no C++ kernels for torch {torch.__version__} ({why}), plain torch does their work")
     return False
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise UserError for a library of another torch, or without kernels for this process's GPU among those it has."""
+    fault, found, capability = (
+        build.fault(path, torch.__version__, device.gpu_toolkit()),
+        build.read_build(path),
+        device.gpu_capability(),
+    )
+    if fault is None and found is not None and capability is not None:
+        fault = build.gpu_fault(found, capability, device.ARCHITECTURES)
+        if not found.architectures:
+            _tell("the C++ library was built without nvcc and has no GPU kernels, plain torch does their work there")
+    if fault is not None:
+        raise UserError(fault)
+
+
+def _tell(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"ops: {text}; to build them: {BUILD}", file=sys.stderr)
 
 
 def _stale(op: Op) -> str | None:
