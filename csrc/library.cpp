@@ -13,33 +13,47 @@
 extern "C" __attribute__((used, visibility("default"))) const char r1mega_build[] = "r1mega-build:" R1MEGA_BUILD ";";
 
 TORCH_LIBRARY(r1mega, m) {
-  m.def(
-      "permute(Tensor tokens, Tensor probs, Tensor routing_map, SymInt num_rows, SymInt width) "
-      "-> (Tensor rows, Tensor row_probs, Tensor counts, Tensor row_tokens, Tensor token_rows)");
-  m.def("unpermute(Tensor rows, Tensor token_rows, Tensor row_tokens) -> Tensor tokens");
   m.def("accumulate_product_(Tensor(a!) out, Tensor left, Tensor right) -> ()");
   m.def("accumulate_grouped_(Tensor(a!) out, Tensor left, Tensor right, Tensor ends) -> ()");
   m.def(
-      "route(Tensor logits, Tensor? bias, int top_k, int num_groups, int topk_groups, str score_function, float scale) "
-      "-> (Tensor probs, Tensor routing_map, Tensor counts, Tensor offsets)");
-  m.def("route_backward(Tensor grad_probs, Tensor logits, Tensor routing_map, str score_function, int top_k, float scale) -> Tensor");
+      "mla_rope(Tensor query, Tensor key_value, Tensor shared_key, Tensor cos, Tensor sin, SymInt nope) "
+      "-> (Tensor turned_query, Tensor key, Tensor value)");
+  m.def(
+      "mla_rope_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor cos, Tensor sin, SymInt nope) "
+      "-> (Tensor grad_query, Tensor grad_key_value, Tensor grad_shared_key)");
+  m.def("permute(Tensor tokens, Tensor row_tokens, Tensor token_rows) -> Tensor rows");
+  m.def("permute_probs(Tensor probs, Tensor row_tokens, Tensor row_experts) -> Tensor row_probs");
+  m.def(
+      "permute_probs_backward(Tensor grad_row_probs, Tensor row_tokens, Tensor row_experts, SymInt num_tokens, "
+      "SymInt num_experts) "
+      "-> Tensor grad_probs");
+  m.def("unpermute(Tensor rows, Tensor token_rows, Tensor row_tokens, Tensor? row_probs=None) -> Tensor tokens");
+  m.def(
+      "unpermute_backward(Tensor grad_tokens, Tensor rows, Tensor row_tokens, Tensor token_rows, Tensor row_probs) "
+      "-> (Tensor grad_rows, Tensor grad_row_probs)");
+  m.def(
+      "permute_quantize(Tensor tokens, Tensor row_tokens, Tensor token_rows, bool power_of_two) "
+      "-> (Tensor payload, Tensor scales)");
   m.def("quantize_rows(Tensor x, bool power_of_two) -> (Tensor payload, Tensor scales)");
   m.def("quantize_columns(Tensor x, bool power_of_two) -> (Tensor payload_t, Tensor scales_t)");
-  m.def(
-      "quantize_both(Tensor x, bool power_of_two) "
-      "-> (Tensor payload, Tensor scales, Tensor payload_t, Tensor scales_t)");
+  m.def("quantize_both(Tensor x, bool power_of_two) -> (Tensor payload, Tensor scales, Tensor payload_t, Tensor scales_t)");
   m.def(
       "quantize_blocks(Tensor x, bool power_of_two, bool transposed) "
       "-> (Tensor payload, Tensor scales, Tensor payload_t, Tensor scales_t)");
   m.def("dequantize_rows(Tensor payload, Tensor scales, ScalarType dtype) -> Tensor x");
   m.def("requantize_columns(Tensor payload, Tensor scales, bool power_of_two) -> (Tensor payload_t, Tensor scales_t)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
+  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) -> (Tensor grad_x, Tensor grad_weight)");
+  m.def("rms_norm_quantize(Tensor x, Tensor weight, float eps, bool power_of_two) -> (Tensor payload, Tensor scales, Tensor rstd)");
   m.def(
-      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd) "
-      "-> (Tensor grad_x, Tensor grad_weight)");
+      "route(Tensor logits, Tensor? bias, int top_k, int num_groups, int topk_groups, str score_function, float scale) "
+      "-> (Tensor probs, Tensor routing_map, Tensor counts, Tensor offsets)");
   m.def(
-      "rms_norm_quantize(Tensor x, Tensor weight, float eps, bool power_of_two) "
-      "-> (Tensor payload, Tensor scales, Tensor rstd)");
+      "route_backward(Tensor grad_probs, Tensor logits, Tensor routing_map, str score_function, int top_k, float scale) "
+      "-> Tensor");
+  m.def(
+      "row_map(Tensor routing_map, SymInt num_rows, SymInt width, SymInt multiple) "
+      "-> (Tensor counts, Tensor ends, Tensor row_experts, Tensor row_tokens, Tensor token_rows)");
   m.def("swiglu(Tensor hidden, Tensor? probs) -> Tensor");
   m.def("swiglu_backward(Tensor grad, Tensor hidden, Tensor? probs) -> (Tensor grad_hidden, Tensor grad_probs)");
   m.def(
@@ -48,24 +62,4 @@ TORCH_LIBRARY(r1mega, m) {
   m.def(
       "swiglu_backward_quantize(Tensor grad, Tensor hidden, Tensor? hidden_scales, Tensor? probs, bool power_of_two) "
       "-> (Tensor grad_hidden, Tensor payload, Tensor scales, Tensor grad_probs, Tensor activation)");
-  m.def(
-      "mla_rope(Tensor query, Tensor key_value, Tensor shared_key, Tensor cos, Tensor sin, SymInt nope) "
-      "-> (Tensor turned_query, Tensor key, Tensor value)");
-  m.def(
-      "mla_rope_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor cos, Tensor sin, SymInt nope) "
-      "-> (Tensor grad_query, Tensor grad_key_value, Tensor grad_shared_key)");
-      "row_map(Tensor routing_map, SymInt num_rows, SymInt width, SymInt multiple) "
-      "-> (Tensor counts, Tensor ends, Tensor row_experts, Tensor row_tokens, Tensor token_rows)");
-  m.def("permute(Tensor tokens, Tensor row_tokens, Tensor token_rows) -> Tensor rows");
-  m.def("permute_probs(Tensor probs, Tensor row_tokens, Tensor row_experts) -> Tensor row_probs");
-  m.def(
-      "permute_probs_backward(Tensor grad_row_probs, Tensor row_tokens, Tensor row_experts, SymInt num_tokens, SymInt num_experts) "
-      "-> Tensor grad_probs");
-  m.def(
-      "permute_quantize(Tensor tokens, Tensor row_tokens, Tensor token_rows, bool power_of_two) "
-      "-> (Tensor payload, Tensor scales)");
-  m.def("unpermute(Tensor rows, Tensor token_rows, Tensor row_tokens, Tensor? row_probs=None) -> Tensor tokens");
-  m.def(
-      "unpermute_backward(Tensor grad_tokens, Tensor rows, Tensor row_tokens, Tensor token_rows, Tensor row_probs) "
-      "-> (Tensor grad_rows, Tensor grad_row_probs)");
 }

@@ -8,14 +8,11 @@ from __future__ import annotations
 import torch
 
 from r1mega.ops.library import Case, Op
+from r1mega.ops.quantize import BLOCK, Quantized, quantize_rows_reference, row_scales
 from r1mega.ops.row_map import SITUATIONS, RowMap, routing, row_map_reference, sizes_of
 
-BLOCK = 128
-LARGEST = 448.0
-SMALLEST_AMAX = 2.0**-100
 
-
-def permute_quantize(tokens_TD: torch.Tensor, row_map: RowMap, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def permute_quantize(tokens_TD: torch.Tensor, row_map: RowMap, power_of_two: bool = False) -> Quantized:
     """Each token, quantised once, to its rows: ``payload_RD`` (float8_e4m3fn) and ``scales`` (fp32, ``[R, ceil(D / 128)]``).
 
     ``tokens_TD``: bf16 or fp32, any strides. Blocks of 128 numbers along D, the last one shorter where D is no multiple. The scale
@@ -26,30 +23,7 @@ def permute_quantize(tokens_TD: torch.Tensor, row_map: RowMap, power_of_two: boo
     ``scales`` has strides ``(1, R4)``, R4 being R rounded up to a multiple of 4 (what DeepGEMM and cuBLAS read as it is), and 0 in
     the rest of its storage. The same bits on every device. No gradient. ``row_map``: from :func:`r1mega.ops.row_map.map_rows`.
     """
-    return PERMUTE_QUANTIZE.packet(tokens_TD, row_map.row_tokens_R, row_map.token_rows_TK, power_of_two)
-
-
-def row_scales(M: int, K: int, device: torch.device) -> torch.Tensor:
-    """Scales of 1x128 blocks of ``[M, K]``, zeros: ``[M, ceil(K / 128)]`` fp32 of strides ``(1, M rounded up to 4)``."""
-    return torch.zeros(-(-K // BLOCK), -(-M // 4) * 4, dtype=torch.float32, device=device).t()[:M]
-
-
-def quantize_rows_reference(x: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Payload and scales of ``x [M, K]``, scales in the layout of :func:`row_scales`."""
-    M, K = x.shape
-    blocks = torch.nn.functional.pad(x.float(), (0, -K % BLOCK)).view(M, -(-K // BLOCK), BLOCK)
-    # as integers, NaN is above infinity: a block that holds one has a scale that is not finite
-    magnitude = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(2) if blocks.numel() else blocks.new_zeros(blocks.shape[:2]).int()
-    smallest = torch.full((), SMALLEST_AMAX, device=x.device).view(torch.int32)
-    scale = torch.maximum(magnitude, smallest).view(torch.float32) / LARGEST
-    if power_of_two:
-        bits = scale.view(torch.int32)
-        up = torch.where((bits & 0x007FFFFF) != 0, (bits & 0x7F800000) + 0x00800000, bits)
-        scale = torch.where(bits < 0x7F800000, up, bits).view(torch.float32)
-    scaled = (blocks * scale.reciprocal().unsqueeze(2)).clamp(-LARGEST, LARGEST).view(M, blocks.shape[1] * BLOCK)[:, :K]
-    scales = row_scales(M, K, x.device)
-    scales.copy_(scale)
-    return scaled.to(torch.float8_e4m3fn), scales
+    return Quantized(*PERMUTE_QUANTIZE.packet(tokens_TD, row_map.row_tokens_R, row_map.token_rows_TK, power_of_two))
 
 
 def _reference(tokens, row_tokens, token_rows, power_of_two):

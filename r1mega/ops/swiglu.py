@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from r1mega.ops.library import Case, Op
-
-BLOCK = 128
-"""Numbers that share a scale."""
-E4M3 = torch.float8_e4m3fn
+from r1mega.ops.quantize import BLOCK, E4M3, Quantized, quantize_rows_reference, row_scales
 
 
 class QuantizedGrads(NamedTuple):
@@ -47,7 +44,7 @@ def swiglu_quantize(
     hidden_scales: torch.Tensor | None = None,
     probs_R: torch.Tensor | None = None,
     power_of_two: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Quantized:
     """:func:`swiglu` in 1x128 blocks of E4M3, quantised from fp32: payload ``[R, F]`` and scales ``[R, F / 128]``.
 
     ``hidden_R2F``: bf16, or E4M3 with ``hidden_scales`` ``[R, 2F / 128]`` of any strides. ``F`` is a multiple of 128. Scales are
@@ -55,7 +52,7 @@ def swiglu_quantize(
     pad is 0. A row of probability 0 has a payload of 0. A block with a NaN or an infinity has a scale that is not finite. A payload
     differs from plain torch's by one step at most, where a product lies at the edge of two. No gradient.
     """
-    return SWIGLU_QUANTIZE.packet(hidden_R2F, hidden_scales, probs_R, power_of_two)
+    return Quantized(*SWIGLU_QUANTIZE.packet(hidden_R2F, hidden_scales, probs_R, power_of_two))
 
 
 def swiglu_backward_quantize(
@@ -72,26 +69,6 @@ def swiglu_backward_quantize(
     Everything else is as in :func:`swiglu_quantize`. No gradient.
     """
     return QuantizedGrads(*SWIGLU_BACKWARD_QUANTIZE.packet(grad_RF, hidden_R2F, hidden_scales, probs_R, power_of_two))
-
-
-def row_scales(num_rows: int, width: int, device: torch.device) -> torch.Tensor:
-    """Zeros for the scales of ``[num_rows, width]`` in 1x128 blocks, in the layout that FP8 products read."""
-    padded = (num_rows + 3) // 4 * 4
-    return torch.zeros((width + BLOCK - 1) // BLOCK, padded, device=device).t()[:num_rows]
-
-
-def quantize_rows_reference(x: torch.Tensor, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[M, K]``, K a multiple of 128, to payload and scales in the bits of ``csrc/common/fp8.h``."""
-    blocks = x.float().view(x.shape[0], x.shape[1] // BLOCK, BLOCK)
-    scale = blocks.abs().amax(-1).clamp(min=2.0**-100) / 448
-    if power_of_two:
-        bits = scale.view(torch.int32)
-        up = torch.where((bits & 0x7FFFFF) != 0, (bits & 0x7F800000) + 0x800000, bits)
-        scale = torch.where(torch.isfinite(scale), up.view(torch.float32), scale)
-    payload = (blocks * (1 / scale).unsqueeze(-1)).clamp(-448, 448).to(E4M3).view(x.shape)
-    scales = row_scales(x.shape[0], x.shape[1], x.device)
-    scales.copy_(scale)
-    return payload, scales
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

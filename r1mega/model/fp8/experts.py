@@ -30,9 +30,9 @@ class Fp8Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens_TD, probs_R, weight1, weight2, row_map: RowMap, recipe: Recipe):
         scale = recipe.power_of_two
-        rows = Quantized(*permute_quantize(tokens_TD, row_map, scale))
+        rows = permute_quantize(tokens_TD, row_map, scale)
         hidden = _grouped(rows, quantized(weight1, recipe)[0], row_map, tokens_TD.dtype)
-        inner = Quantized(*swiglu_quantize(hidden, None, probs_R, scale))
+        inner = swiglu_quantize(hidden, None, probs_R, scale)
         answers = _grouped(inner, quantized(weight2, recipe)[0], row_map, tokens_TD.dtype)
         ctx.save_for_backward(tokens_TD, probs_R, *quantize_rows(hidden, scale), *row_map)
         ctx.weights, ctx.recipe = (weight1, weight2), recipe
@@ -43,7 +43,7 @@ class Fp8Experts(torch.autograd.Function):
         tokens_TD, probs_R, hidden, hidden_scales, *mapped = ctx.saved_tensors
         (weight1, weight2), recipe, row_map = ctx.weights, ctx.recipe, RowMap(*mapped)
         grad_TD = grad_TD.contiguous()
-        rows = Quantized(*permute_quantize(grad_TD, row_map, recipe.power_of_two))
+        rows = permute_quantize(grad_TD, row_map, recipe.power_of_two)
         grad_inner = _grouped(rows, quantized(weight2, recipe)[1], row_map, grad_TD.dtype)
         made = swiglu_backward_quantize(grad_inner, hidden, hidden_scales, probs_R, recipe.power_of_two)
         grad_rows = _grouped(Quantized(made.payload_R2F, made.scales), quantized(weight1, recipe)[1], row_map, grad_TD.dtype)
