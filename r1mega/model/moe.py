@@ -1,4 +1,4 @@
-"""DeepSeek's MoE layer on Megatron's ``MoELayer``: its router and shared experts, our experts, any dispatcher of the kind.
+"""DeepSeek's MoE layer on Megatron's ``MoELayer``: its shared experts, our router and experts, any dispatcher of the kind.
 
 ``[S, B, D]`` to the same; under sequence parallelism S is this tensor rank's part, so that all ranks of ``expert`` and
 ``expert_tensor`` have tokens of their own. Refuses Megatron's options that this layer does not have.
@@ -17,8 +17,9 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from r1mega.mesh import Axis
 from r1mega.model.dispatch.choices import AllToAll
 from r1mega.model.dispatch.contract import ExpertRanks
+from r1mega.model.router import Router, check_router
 
-REFUSED = ("moe_latent_size", "moe_shared_expert_overlap", "moe_expert_capacity_factor", "moe_router_padding_for_quantization")
+REFUSED = ("moe_latent_size", "moe_shared_expert_overlap", "moe_router_padding_for_quantization")
 
 
 class MixtureOfExperts(MoELayer):
@@ -32,8 +33,10 @@ class MixtureOfExperts(MoELayer):
         for name in REFUSED:
             if getattr(config, name, None):
                 raise ValueError(f"model.moe: {name} is not there; got {getattr(config, name)!r}; leave it unset")
+        check_router(config)
         groups = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, groups)
+        self.router.__class__ = Router  # MoELayer names Megatron's
         if self.moe_layer_recompute or self.shared_experts_recompute:
             raise ValueError("model.moe: recompute of a part of the layer is not there; got recompute_modules of moe; leave it out")
         ranks = ExpertRanks(config.num_moe_experts, _axis(self.ep_group), _axis(groups.expt_tp), config.moe_router_topk)

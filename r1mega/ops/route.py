@@ -75,10 +75,14 @@ def _choose(logits, bias, top_k, num_groups, topk_groups, score_function):
     ranked = _descending(logits if score_function == "softmax" else scores, scores.shape[1])
     if num_groups > 1:
         size = scores.shape[1] // num_groups
-        best = scores.unflatten(1, (num_groups, size)).sort(dim=-1, descending=True, stable=True).values[..., : top_k // topk_groups]
+        best = (
+            scores.unflatten(1, (num_groups, size)).sort(dim=-1, descending=True, stable=True).values[..., : top_k // topk_groups]
+        )
         kept = torch.zeros(len(scores), num_groups, dtype=torch.bool, device=scores.device)
         kept.scatter_(1, _descending(best.sum(-1), topk_groups), True)
-        first = _descending(kept.gather(1, ranked // size).to(torch.int8), top_k)  # those of the kept groups, in the order they are in
+        first = _descending(
+            kept.gather(1, ranked // size).to(torch.int8), top_k
+        )  # those of the kept groups, in the order they are in
         ranked = ranked.gather(1, first)
     return ranked[:, :top_k]
 
@@ -98,7 +102,12 @@ def _route_reference(logits, bias, top_k, num_groups, topk_groups, score_functio
     probs = (probs * scale).to(logits.dtype)
     routing_map = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device).scatter(1, chosen, True)
     counts = routing_map.sum(0)
-    return torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device).scatter(1, chosen, probs), routing_map, counts, counts.cumsum(0)
+    return (
+        torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device).scatter(1, chosen, probs),
+        routing_map,
+        counts,
+        counts.cumsum(0),
+    )
 
 
 def _route_fake(logits, bias, top_k, num_groups, topk_groups, score_function, scale):
@@ -138,7 +147,9 @@ def _backward_fake(grad_probs, logits, routing_map, score_function, top_k, scale
     return logits.new_empty(logits.shape)
 
 
-def _route_case(T, E, top_k, groups=(1, 1), score_function="sigmoid", *, bias=True, scale=2.5, spread=1.0, strided=False, fill=None):
+def _route_case(
+    T, E, top_k, groups=(1, 1), score_function="sigmoid", *, bias=True, scale=2.5, spread=1.0, strided=False, fill=None
+):
     def make(dtype, device):
         draw = torch.Generator().manual_seed(1000 * T + 10 * E + top_k)
         logits = spread * torch.randn(T, E, generator=draw)

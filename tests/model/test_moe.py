@@ -105,7 +105,8 @@ def close(got: dict, want: dict, atol: float = 1e-6) -> None:
 
 
 @pytest.mark.parametrize("name", ["local", "alltoall", "allgather"])
-def test_one_rank_has_megatrons_numbers_to_the_last_bit(name) -> None:
+def test_one_rank_has_megatrons_numbers_to_the_last_bit_but_for_the_routers_own_gradient(name) -> None:
+    """Which sums over a token's experts, and they come in another order there: by expert, not by score."""
     one_rank()
     ours, theirs = (
         layer(ParallelConfig(), registry.lookup("dispatcher", name)()),
@@ -114,7 +115,10 @@ def test_one_rank_has_megatrons_numbers_to_the_last_bit(name) -> None:
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     assert [n for n, _ in ours.named_buffers()] == [n for n, _ in theirs.named_buffers()]
     got, want = run(ours), run(theirs)
-    assert all(torch.equal(got[key], want[key]) for key in want)
+    near = ("hidden", "router.weight")
+    assert [key for key in want if key not in near and not torch.equal(got[key], want[key])] == []
+    close({key: got[key] for key in near}, {key: want[key] for key in near})
+    assert torch.equal(ours.router.local_tokens_per_expert, theirs.router.local_tokens_per_expert)
 
 
 def test_the_experts_numbers_are_those_of_the_plain_linears_to_the_last_bit() -> None:
