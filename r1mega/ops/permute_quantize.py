@@ -39,7 +39,7 @@ def quantize_rows_reference(x: torch.Tensor, power_of_two: bool) -> tuple[torch.
     M, K = x.shape
     blocks = torch.nn.functional.pad(x.float(), (0, -K % BLOCK)).view(M, -(-K // BLOCK), BLOCK)
     # as integers, NaN is above infinity: a block that holds one has a scale that is not finite
-    magnitude = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(2) if blocks.numel() else blocks.new_zeros(blocks.shape[:2]).int()
+    magnitude = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(2)
     smallest = torch.full((), SMALLEST_AMAX, device=x.device).view(torch.int32)
     scale = torch.maximum(magnitude, smallest).view(torch.float32) / LARGEST
     if power_of_two:
