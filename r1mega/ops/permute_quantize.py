@@ -41,7 +41,9 @@ def quantize_rows_reference(x: torch.Tensor, power_of_two: bool) -> tuple[torch.
     # as integers, NaN is above infinity: a block that holds one has a scale that is not finite
     magnitude = (blocks.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(2)
     smallest = torch.full((), SMALLEST_AMAX, device=x.device).view(torch.int32)
-    scale = torch.maximum(magnitude, smallest).view(torch.float32) / LARGEST
+    # a tensor of the device: torch multiplies by the reciprocal of a Python number on some, which rounds in another way
+    largest = torch.full((), LARGEST, device=x.device)
+    scale = torch.maximum(magnitude, smallest).view(torch.float32) / largest
     if power_of_two:
         bits = scale.view(torch.int32)
         up = torch.where((bits & 0x007FFFFF) != 0, (bits & 0x7F800000) + 0x00800000, bits)
