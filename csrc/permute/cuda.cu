@@ -15,6 +15,7 @@
 
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "../common/stream.cuh"
 
@@ -24,6 +25,7 @@ namespace {
 constexpr int kThreads = 256;  // of a block, at most
 constexpr int kEach = 4;       // pieces that a thread of permute holds
 constexpr int kBatch = 8;      // rows that are in flight together
+constexpr int kBlocks = 3;     // with kBatch rows a processor has at least: 80 KiB in flight
 
 // Writes zeros to the padding rows among first, first + step, ...; `seen`: row_tokens[first + lane * step], loaded early.
 template <typename Unit>
@@ -173,13 +175,25 @@ __device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, 
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double multiply(double a, double b) { return __dmul_rn(a, b); }
 
+// What one access brings, unopened: 16-bit numbers would take a register each while they wait.
 template <typename T, int kCount>
-__device__ __forceinline__ Vector<T, kCount> load_once(const T* from) {
+using Raw = std::conditional_t<kCount == 1, Vector<T, 1>, uint4>;
+
+template <typename T, int kCount>
+__device__ __forceinline__ Raw<T, kCount> load_once(const T* from) {
   if constexpr (kCount == 1) {
     return {{*from}};
   } else {
-    return load16_once(from);
+    return __ldcs(reinterpret_cast<const uint4*>(from));
   }
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ Vector<T, kCount> opened(const Raw<T, kCount>& raw) {
+  Vector<T, kCount> values;
+  static_assert(sizeof(values) == sizeof(raw));
+  memcpy(&values, &raw, sizeof(raw));
+  return values;
 }
 
 template <typename T, int kCount>
@@ -196,20 +210,36 @@ template <typename acc_t>
 struct Batch {
   int64_t row[kBatch];
   acc_t weight[kBatch];
+  bool full;  // all are there: their loads are then issued without a branch
 
   __device__ __forceinline__ void load(const int64_t* token_rows, const acc_t* row_probs, int64_t first, int64_t width, int64_t R) {
+    full = true;
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const int64_t r = first + k < width ? token_rows[first + k] : -1;
       row[k] = r < R ? r : -1;
+      full = full && row[k] >= 0;
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) weight[k] = row_probs == nullptr ? acc_t(1) : row[k] >= 0 ? row_probs[row[k]] : acc_t(0);
   }
+
+  template <typename scalar_t, int kCount>
+  __device__ __forceinline__ void parts(Raw<scalar_t, kCount> (&part)[kBatch], const scalar_t* rows, int64_t D) const {
+    if (full) {
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) part[k] = load_once<scalar_t, kCount>(rows + row[k] * D);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (row[k] >= 0) part[k] = load_once<scalar_t, kCount>(rows + row[k] * D);
+      }
+    }
+  }
 };
 
 template <typename scalar_t, typename acc_t, int kCount, bool kWeighted>
-__global__ void __launch_bounds__(kThreads) unpermute_kernel(
+__global__ void __launch_bounds__(kThreads, kBlocks) unpermute_kernel(
     const scalar_t* __restrict__ rows, const int64_t* __restrict__ token_rows, const acc_t* __restrict__ row_probs,
     scalar_t* __restrict__ tokens, int64_t T, int64_t R, int64_t width, int64_t D) {
   for (int64_t t = blockIdx.x; t < T; t += gridDim.x) {
@@ -219,17 +249,15 @@ __global__ void __launch_bounds__(kThreads) unpermute_kernel(
       acc_t sum[kCount] = {};
       for (int64_t first = 0; first < width; first += kBatch) {
         if (loaded != first) batch.load(token_rows + t * width, kWeighted ? row_probs : nullptr, loaded = first, width, R);
-        Vector<scalar_t, kCount> part[kBatch];
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          if (batch.row[k] >= 0) part[k] = load_once<scalar_t, kCount>(rows + batch.row[k] * D + d);
-        }
+        Raw<scalar_t, kCount> part[kBatch];
+        batch.template parts<scalar_t, kCount>(part, rows + d, D);
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
           if (batch.row[k] < 0) continue;
+          const auto row = opened<scalar_t, kCount>(part[k]);
 #pragma unroll
           for (int j = 0; j < kCount; ++j) {
-            const auto value = static_cast<acc_t>(part[k].value[j]);
+            const auto value = static_cast<acc_t>(row.value[j]);
             sum[j] = add(sum[j], kWeighted ? multiply(value, batch.weight[k]) : value);
           }
         }
@@ -276,7 +304,7 @@ at::Tensor unpermute_cuda(
 }
 
 template <typename scalar_t, typename acc_t, int kCount>
-__global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(
+__global__ void __launch_bounds__(kThreads, kBlocks) unpermute_backward_kernel(
     const scalar_t* __restrict__ grad_tokens, const scalar_t* __restrict__ rows, const int64_t* __restrict__ row_tokens,
     const int64_t* __restrict__ token_rows, const acc_t* __restrict__ row_probs, scalar_t* __restrict__ grad_rows,
     acc_t* __restrict__ dots, int64_t T, int64_t R, int64_t width, int64_t D) {
@@ -288,20 +316,18 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(
       batch.load(token_rows + t * width, row_probs, first, width, R);
       acc_t dot[kBatch] = {};
       for (int64_t d = threadIdx.x * kCount; d < D; d += blockDim.x * kCount) {
-        const auto grad = load_once<scalar_t, kCount>(grad_tokens + t * D + d);
-        Vector<scalar_t, kCount> part[kBatch];
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          if (batch.row[k] >= 0) part[k] = load_once<scalar_t, kCount>(rows + batch.row[k] * D + d);
-        }
+        const auto raw_grad = load_once<scalar_t, kCount>(grad_tokens + t * D + d);
+        Raw<scalar_t, kCount> part[kBatch];
+        batch.template parts<scalar_t, kCount>(part, rows + d, D);
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
           if (batch.row[k] < 0) continue;
+          const auto grad = opened<scalar_t, kCount>(raw_grad), row = opened<scalar_t, kCount>(part[k]);
           Vector<scalar_t, kCount> out;
 #pragma unroll
           for (int j = 0; j < kCount; ++j) {
             const auto g = static_cast<acc_t>(grad.value[j]);
-            dot[k] += g * static_cast<acc_t>(part[k].value[j]);
+            dot[k] += g * static_cast<acc_t>(row.value[j]);
             out.value[j] = static_cast<scalar_t>(g * batch.weight[k]);
           }
           store_once<scalar_t, kCount>(grad_rows + batch.row[k] * D + d, out);

@@ -21,7 +21,8 @@ def permute_quantize(tokens_TD: torch.Tensor, row_map: RowMap, power_of_two: boo
     that is not finite, and reads back as NaN. Padding rows: payload 0 and the scale of a block of zeros.
 
     ``scales`` has strides ``(1, R4)``, R4 being R rounded up to a multiple of 4 (what DeepGEMM and cuBLAS read as it is), and 0 in
-    the rest of its storage. The same bits on every device. No gradient. ``row_map``: from :func:`r1mega.ops.row_map.map_rows`.
+    the rest of its storage. The same bits on every device, but for which NaN it is. No gradient. ``row_map``: from
+    :func:`r1mega.ops.row_map.map_rows`.
     """
     return Quantized(*PERMUTE_QUANTIZE.packet(tokens_TD, row_map.row_tokens_R, row_map.token_rows_TK, power_of_two))
 
