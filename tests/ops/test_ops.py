@@ -46,7 +46,9 @@ def flat(values) -> list:
 
 def outcome(op, call, args) -> list[torch.Tensor]:
     """What an op returns, and the arguments that it changes, which are copied first."""
-    own = [[part.clone() for part in arg] if isinstance(arg, list) else arg.clone() if torch.is_tensor(arg) else arg for arg in args]
+    own = [
+        [part.clone() for part in arg] if isinstance(arg, list) else arg.clone() if torch.is_tensor(arg) else arg for arg in args
+    ]
     returned = as_tuple(call(*own))
     schema = torch._C.parse_schema(f"r1mega::{op.schema}")
     changed = [value for value, argument in zip(own, schema.arguments, strict=True) if argument.alias_info is not None]
