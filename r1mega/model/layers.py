@@ -14,8 +14,8 @@ LATENT_NORM_EPS = 1e-6
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm (arXiv 1910.07467): ``x / sqrt(mean(x^2) + eps) * weight`` in fp32, rounded once.
 
-    ``[..., hidden_size]`` to the same shape and dtype, by our op. Under sequence parallelism the weight is marked, so that its gradient is
-    summed over the tensor axis.
+    ``[..., hidden_size]`` to the same shape and dtype, by our op. Under sequence parallelism the weight is marked, so that its
+    gradient is summed over the tensor axis.
     """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):

@@ -2,8 +2,8 @@
 
     y = x * rstd * weight        rstd = 1 / sqrt(mean(x^2) + eps)
 
-All in fp32 (fp64 for fp64), rounded once. Sums have one order, written out in ``csrc/rms_norm/op.h`` and below: values and gradients
-have the same bits on every device, with the C++ library and without it.
+All in fp32 (fp64 for fp64), rounded once. Sums have one order, written out in ``csrc/rms_norm/op.h`` and below: values and
+gradients have the same bits on every device, with the C++ library and without it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Normed(NamedTuple):
 
 
 class NormedQuantized(NamedTuple):
-    """The norm in blocks of 1x128: payload float8_e4m3fn ``[M, D]``, scales ``[M, ceil(D/128)]`` in the row layout, rstd ``[M]``."""
+    """In blocks of 1x128: payload float8_e4m3fn ``[M, D]``, scales ``[M, ceil(D/128)]`` in the row layout, rstd ``[M]``."""
 
     payload: torch.Tensor
     scales: torch.Tensor
@@ -39,7 +39,8 @@ class NormedQuantized(NamedTuple):
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> Normed:
-    """``x * rstd * weight`` of ``x`` ``[..., D]`` in bf16, fp32 or fp64, D from 1 to 16,384, any strides; y contiguous in x's dtype.
+    """``x * rstd * weight`` of ``x`` ``[..., D]`` in bf16, fp32 or fp64, D from 1 to 16,384, any strides; y contiguous in x's
+    dtype.
 
     ``weight`` of any floating dtype. fp32 throughout, rounded once at the end; ``rstd`` is for the backward and has no gradient.
     Gradients: ``grad_x`` in x's dtype, ``grad_weight`` in the weight's, summed over rows in fp32. A row that holds NaN is NaN; one
@@ -49,8 +50,8 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> Normed:
 
 
 def rms_norm_quantize(x_MD: torch.Tensor, weight_D: torch.Tensor, eps: float, power_of_two: bool = False) -> NormedQuantized:
-    """The norm of ``x`` bf16 or fp32 ``[M, D]`` in blocks of 1x128, quantised from its fp32 values as ``quantize_rows`` does, in one
-    pass and without y. No gradient of its own: ``rms_norm_backward`` takes x and rstd. The same bits on every device."""
+    """The norm of ``x`` bf16 or fp32 ``[M, D]`` in blocks of 1x128, quantised from its fp32 values as ``quantize_rows`` does, in
+    one pass and without y. No gradient of its own: ``rms_norm_backward`` takes x and rstd. The same bits on every device."""
     return NormedQuantized(*RMS_NORM_QUANTIZE.packet(x_MD, weight_D, eps, power_of_two))
 
 
@@ -91,8 +92,8 @@ def _divided(x: torch.Tensor, by: int) -> torch.Tensor:
 
 
 def _inverse_root(x: torch.Tensor) -> torch.Tensor:
-    """``1 / sqrt(x)``, root and quotient each rounded to the nearest: of torch's, rsqrt does that on a CPU, where sqrt is MKL's, and
-    sqrt on a GPU, where rsqrt is an approximation."""
+    """``1 / sqrt(x)``, root and quotient each rounded to the nearest: of torch's, rsqrt does that on a CPU, where sqrt is MKL's,
+    and sqrt on a GPU, where rsqrt is an approximation."""
     return x.rsqrt() if x.device.type == "cpu" else x.sqrt().reciprocal()
 
 
