@@ -71,7 +71,7 @@ R1MEGA_INLINE A row_sum(int64_t width, Of of) {
   for (int64_t half = most / 2; half > 0; half /= 2) {
     for (int64_t i = 0; i < half; ++i) total[i] += total[i + half];
   }
-  return total[0];
+  return total[0] + A(0);  // never -0
 }
 
 template <typename A, typename T>

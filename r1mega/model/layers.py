@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from r1mega.ops.rms_norm import rms_norm
 
 LATENT_NORM_EPS = 1e-6
 """Epsilon of the norms on the query and key/value latents: fixed in DeepSeek's and transformers' code, whatever the model's own."""
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467): ``x / sqrt(mean(x^2) + eps) * weight``, the mean in fp32.
+    """Root-mean-square norm (arXiv 1910.07467): ``x / sqrt(mean(x^2) + eps) * weight`` in fp32, rounded once.
 
-    ``[..., hidden_size]`` to the same shape and dtype. Under sequence parallelism the weight is marked, so that its gradient is
-    summed over the tensor axis.
+    ``[..., hidden_size]`` to the same shape and dtype, by our op. Under sequence parallelism the weight is marked, so that its
+    gradient is summed over the tensor axis.
     """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-6, **_):
@@ -25,9 +26,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps).y
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The weight, the same on every tensor rank."""

@@ -3,7 +3,7 @@
     scale = max(largest |x| of the block, 2**-100) / 448        payload = e4m3(x * (1 / scale))
 
 as DeepSeek-V3 trains (arXiv 2412.19437, section 3.3): activations in blocks of 1x128, weights in blocks of 128x128. All of it is in
-fp32, rounded to the nearest, ties to even, so that every device gives the same bits. ``power_of_two``: the scale is rounded up to one.
+fp32, rounded to the nearest, ties to even, so that every device gives the same bits. ``power_of_two``: scales are rounded up to one.
 The row layout of scales, ``[M, ceil(K/128)]`` of strides (1, M rounded up to 4), is what grouped products read without a copy.
 """
 
@@ -44,16 +44,16 @@ class QuantizedBoth(NamedTuple):
 def quantize_rows(x_MK: torch.Tensor, power_of_two: bool = False) -> Quantized:
     """``x`` bf16 or fp32 ``[M, K]`` in blocks of 1x128: payload ``[M, K]``, scales ``[M, ceil(K/128)]`` in the row layout.
 
-    The last block of a row may be short. A block of zeros has the scale ``2**-100 / 448``, rounded up on request. A block that holds
-    NaN or infinity has a scale of NaN or infinity, its NaN the code 0x7f; all of it is NaN when read back. No gradient. Any strides;
-    sizes of 0 too. The same bits on every device.
+    The last block of a row may be short. A block of zeros has the scale ``2**-100 / 448``, rounded up on request. A block that
+    holds NaN or infinity has a scale of NaN or infinity, its NaN the code 0x7f; all of it is NaN when read back. No gradient. Any
+    strides; sizes of 0 too. The same bits on every device.
     """
     return Quantized(*QUANTIZE_ROWS.packet(x_MK, power_of_two))
 
 
 def quantize_columns(x_MK: torch.Tensor, power_of_two: bool = False) -> Quantized:
-    """``quantize_rows`` of ``x.t()``: blocks of 128 rows, payload ``[K, M]``, scales ``[K, ceil(M/128)]`` in the row layout. What the
-    product of a weight's gradient reads."""
+    """``quantize_rows`` of ``x.t()``: blocks of 128 rows, payload ``[K, M]``, scales ``[K, ceil(M/128)]`` in the row layout. What
+    the product of a weight's gradient reads."""
     return Quantized(*QUANTIZE_COLUMNS.packet(x_MK, power_of_two))
 
 
@@ -84,8 +84,8 @@ def dequantize_rows(payload_MK: torch.Tensor, scales: torch.Tensor, dtype: torch
 
 
 def requantize_columns(payload_MK: torch.Tensor, scales: torch.Tensor, power_of_two: bool = False) -> Quantized:
-    """``quantize_columns`` of ``dequantize_rows`` in fp32, in one pass: an activation kept in FP8 to what its weight's gradient reads.
-    Payload ``[K, M]``, scales ``[K, ceil(M/128)]`` in the row layout."""
+    """``quantize_columns`` of ``dequantize_rows`` in fp32, in one pass: an activation kept in FP8 to what its weight's gradient
+    reads. Payload ``[K, M]``, scales ``[K, ceil(M/128)]`` in the row layout."""
     return Quantized(*REQUANTIZE_COLUMNS.packet(payload_MK, scales, power_of_two))
 
 

@@ -2,8 +2,8 @@
 
     y = x * rstd * weight        rstd = 1 / sqrt(mean(x^2) + eps)
 
-All in fp32 (fp64 for fp64), rounded once. Sums have one order, written out in ``csrc/rms_norm/op.h`` and below: values and gradients
-have the same bits on every device, with the C++ library and without it.
+All in fp32 (fp64 for fp64), rounded once. Sums have one order, written out in ``csrc/rms_norm/op.h`` and below: values and
+gradients have the same bits on every device, with the C++ library and without it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Normed(NamedTuple):
 
 
 class NormedQuantized(NamedTuple):
-    """The norm in blocks of 1x128: payload float8_e4m3fn ``[M, D]``, scales ``[M, ceil(D/128)]`` in the row layout, rstd ``[M]``."""
+    """In blocks of 1x128: payload float8_e4m3fn ``[M, D]``, scales ``[M, ceil(D/128)]`` in the row layout, rstd ``[M]``."""
 
     payload: torch.Tensor
     scales: torch.Tensor
@@ -39,7 +39,8 @@ class NormedQuantized(NamedTuple):
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> Normed:
-    """``x * rstd * weight`` of ``x`` ``[..., D]`` in bf16, fp32 or fp64, D from 1 to 16,384, any strides; y contiguous in x's dtype.
+    """``x * rstd * weight`` of ``x`` ``[..., D]`` in bf16, fp32 or fp64, D from 1 to 16,384, any strides; y contiguous in x's
+    dtype.
 
     ``weight`` of any floating dtype. fp32 throughout, rounded once at the end; ``rstd`` is for the backward and has no gradient.
     Gradients: ``grad_x`` in x's dtype, ``grad_weight`` in the weight's, summed over rows in fp32. A row that holds NaN is NaN; one
@@ -49,8 +50,8 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> Normed:
 
 
 def rms_norm_quantize(x_MD: torch.Tensor, weight_D: torch.Tensor, eps: float, power_of_two: bool = False) -> NormedQuantized:
-    """The norm of ``x`` bf16 or fp32 ``[M, D]`` in blocks of 1x128, quantised from its fp32 values as ``quantize_rows`` does, in one
-    pass and without y. No gradient of its own: ``rms_norm_backward`` takes x and rstd. The same bits on every device."""
+    """The norm of ``x`` bf16 or fp32 ``[M, D]`` in blocks of 1x128, quantised from its fp32 values as ``quantize_rows`` does, in
+    one pass and without y. No gradient of its own: ``rms_norm_backward`` takes x and rstd. The same bits on every device."""
     return NormedQuantized(*RMS_NORM_QUANTIZE.packet(x_MD, weight_D, eps, power_of_two))
 
 
@@ -67,15 +68,19 @@ def _row_sum(x: torch.Tensor) -> torch.Tensor:
     pieces = -(-x.shape[-1] // PIECE)
     x = F.pad(x, (0, pieces * PIECE - x.shape[-1])).unflatten(-1, (pieces, 32, 8))
     x = _fold(_fold(x))
-    return _fold(F.pad(x, (0, (1 << (pieces - 1).bit_length()) - pieces)))
+    return _fold(F.pad(x, (0, (1 << (pieces - 1).bit_length()) - pieces))) + 0.0  # never -0
 
 
 def _sum_rows(x_RD: torch.Tensor) -> torch.Tensor:
     """The sum over rows: runs of 8 and groups of 4 runs one after the other, then every 32nd group, then those 32 halves first."""
+    if x_RD.shape[0] == 0:
+        return x_RD.sum(0)
+    width = x_RD.shape[1]
     for size in (ROW_RUN, ROW_RUNS, None):
         each = size or max(1, -(-x_RD.shape[0] // GROUP_LANES))
         filled = F.pad(x_RD, (0, 0, 0, (-x_RD.shape[0]) % (each if size else each * GROUP_LANES)))
-        parts = filled.unflatten(0, (-1, each)).unbind(1) if size else filled.unflatten(0, (each, GROUP_LANES)).unbind(0)
+        count = filled.shape[0] // each
+        parts = filled.view(count, each, width).unbind(1) if size else filled.view(each, GROUP_LANES, width).unbind(0)
         x_RD = torch.zeros_like(parts[0])
         for part in parts:
             x_RD = x_RD + part
@@ -86,13 +91,20 @@ def _divided(x: torch.Tensor, by: int) -> torch.Tensor:
     return x / torch.full_like(x, by)  # by a tensor: a GPU multiplies with a number's reciprocal
 
 
+def _inverse_root(x: torch.Tensor) -> torch.Tensor:
+    """``1 / sqrt(x)``, root and quotient each rounded to the nearest: of torch's, rsqrt does that on a CPU, where sqrt is MKL's,
+    and sqrt on a GPU, where rsqrt is an approximation."""
+    return x.rsqrt() if x.device.type == "cpu" else x.sqrt().reciprocal()
+
+
 def _in_sums(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _norm(x, weight, eps):
     wide, weight = _in_sums(x), weight.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    rstd = (_divided(_row_sum(wide * wide), x.shape[-1]) + eps).sqrt().reciprocal()
+    squares = _divided(_row_sum(wide * wide), x.shape[-1])
+    rstd = _inverse_root(squares + eps)
     return wide * rstd.unsqueeze(-1) * weight, rstd
 
 
@@ -181,7 +193,8 @@ def _forward(shape, kind):
 
 
 def _fp32_weight(dtype, device):
-    return *_numbers((5, 128), "", dtype, device, torch.float32)[:2], 1e-5
+    """As the optimizer's own copy is; beside fp64 numbers, whose gradients are checked by differences, of fp64."""
+    return *_numbers((5, 128), "", dtype, device, torch.float64 if dtype == torch.float64 else torch.float32)[:2], 1e-5
 
 
 def _backward(shape, kind):

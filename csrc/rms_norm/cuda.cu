@@ -1,0 +1,457 @@
+// RMSNorm on Hopper. Bit for bit the plain-torch reference of r1mega/ops/rms_norm.py: the order of sums is in op.h, products and sums
+// are never fused.
+//
+// A lane holds 8 neighbours, a warp a piece of 256 numbers; a row has a warp for every one, two, four or eight pieces, and stays in
+// registers: one read, one write. The backward gives a block a group of 32 rows, whose part of grad_weight stays in registers too.
+
+#include "op.h"
+
+#include "../common/device.cuh"
+#include "../common/fp8.h"
+#include "../quantize/op.h"
+
+#include <ATen/ops/zeros.h>
+#include <cuda_fp8.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <type_traits>
+
+namespace r1mega {
+namespace {
+
+constexpr int kEight = 8;
+using Pair = std::tuple<at::Tensor, at::Tensor>;
+
+__device__ __forceinline__ float mul(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double mul(double a, double b) { return __dmul_rn(a, b); }
+__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, b); }
+__device__ __forceinline__ float sub(float a, float b) { return __fsub_rn(a, b); }
+__device__ __forceinline__ double sub(double a, double b) { return __dsub_rn(a, b); }
+__device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, b); }
+__device__ __forceinline__ double divide(double a, double b) { return __ddiv_rn(a, b); }
+__device__ __forceinline__ float root(float a) { return __fsqrt_rn(a); }
+__device__ __forceinline__ double root(double a) { return __dsqrt_rn(a); }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
+__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void narrow(double x, float& to) { to = static_cast<float>(x); }
+
+// Eight neighbours; 0 from the row's end on. `aligned`: rows are whole eights that 16-byte accesses fit.
+template <typename T>
+struct Eight {
+  Vector<T, kVector<T>> part[kEight / kVector<T>];
+  __device__ T& operator[](int j) { return part[j / kVector<T>].value[j % kVector<T>]; }
+  __device__ const T& operator[](int j) const { return part[j / kVector<T>].value[j % kVector<T>]; }
+
+  __device__ void read(const T* from, int left, bool aligned) {
+    if (aligned && left > 0) {
+#pragma unroll
+      for (int v = 0; v < kEight / kVector<T>; ++v) part[v] = load16(from + v * kVector<T>);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kEight; ++j) (*this)[j] = j < left ? from[j] : T(0.0f);
+  }
+  __device__ void write(T* to, int left, bool aligned) const {
+    if (aligned && left > 0) {
+#pragma unroll
+      for (int v = 0; v < kEight / kVector<T>; ++v) store16(to + v * kVector<T>, part[v]);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kEight; ++j) {
+      if (j < left) to[j] = (*this)[j];
+    }
+  }
+};
+
+template <typename A>
+__device__ __forceinline__ A sum_of_eight(const A (&a)[kEight]) {
+  return add(add(add(a[0], a[4]), add(a[2], a[6])), add(add(a[1], a[5]), add(a[3], a[7])));
+}
+
+// The row's sum from its pieces' in shared memory, `written` of them, on every lane of a warp. Never -0.
+template <typename A>
+__device__ __forceinline__ A sum_of_pieces(const A* piece, int written) {
+  const int lane = threadIdx.x;
+  const A low = lane < written ? piece[lane] : A(0), high = lane + kWarp < written ? piece[lane + kWarp] : A(0);
+  return add(warp_sum(add(low, high)), A(0));
+}
+
+struct Payload {
+  uint8_t* codes;
+  float* scales;
+  int64_t padded;
+  bool power_of_two;
+};
+
+// Block (32 lanes, warps of a row, rows). `kQuantize`: `payload` instead of y.
+template <typename X, typename W, typename A, int kPieces, bool kQuantize>
+__global__ void __launch_bounds__(256) norm_kernel(
+    const X* __restrict__ x, int64_t stride, const W* __restrict__ weight, X* __restrict__ y, A* __restrict__ rstd, int64_t rows,
+    int width, A eps, bool aligned, Payload payload) {
+  __shared__ A piece_sum[kMostPieces];
+  const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
+  const int64_t row = int64_t(blockIdx.x) * blockDim.z + threadIdx.z;
+  if (row >= rows) return;  // only where a row is one warp, which meets no barrier
+  Eight<X> in[kPieces];
+  Eight<W> factor[kPieces];
+  int left[kPieces];
+  A sum[kPieces];
+#pragma unroll
+  for (int n = 0; n < kPieces; ++n) {
+    const int column = (warp + n * warps) * kPiece + lane * kEight;
+    left[n] = width - column;
+    in[n].read(x + row * stride + column, left[n], aligned);
+  }
+#pragma unroll
+  for (int n = 0; n < kPieces; ++n) factor[n].read(weight + width - left[n], left[n], aligned);
+#pragma unroll
+  for (int n = 0; n < kPieces; ++n) {
+    A square[kEight];
+#pragma unroll
+    for (int j = 0; j < kEight; ++j) square[j] = mul(widen(in[n][j]), widen(in[n][j]));
+    sum[n] = warp_sum(sum_of_eight(square));
+  }
+  A total = sum[0];
+  if (warps > 1) {
+    if (lane == 0) {
+#pragma unroll
+      for (int n = 0; n < kPieces; ++n) piece_sum[warp + n * warps] = sum[n];
+    }
+    __syncthreads();
+    total = sum_of_pieces(piece_sum, kPieces * warps);
+  }
+  const A scale = divide(A(1), root(add(divide(total, static_cast<A>(width)), eps)));
+  if (lane == 0 && warp == 0) rstd[row] = scale;
+#pragma unroll
+  for (int n = 0; n < kPieces; ++n) {
+    A value[kEight];
+#pragma unroll
+    for (int j = 0; j < kEight; ++j) value[j] = mul(mul(widen(in[n][j]), scale), static_cast<A>(widen(factor[n][j])));
+    if constexpr (!kQuantize) {
+      Eight<X> out;
+#pragma unroll
+      for (int j = 0; j < kEight; ++j) narrow(value[j], out[j]);
+      out.write(y + row * width + width - left[n], left[n], aligned);
+    } else {
+      uint32_t peak = 0;
+#pragma unroll
+      for (int j = 0; j < kEight; ++j) peak = max(peak, magnitude(value[j]));
+#pragma unroll
+      for (int step = kWarp / 4; step > 0; step /= 2) peak = max(peak, __shfl_xor_sync(kAllLanes, peak, step));
+      const float of_block = block_scale(peak, payload.power_of_two), inverse = 1.0f / of_block;
+      const int64_t column = width - left[n];
+      if (lane % (kWarp / 2) == 0 && left[n] > 0) {
+        float* scales = payload.scales + column / kBlock * payload.padded + row;
+        *scales = of_block;
+        if (row == rows - 1) {
+          for (int64_t pad = row + 1; pad < payload.padded; ++pad) *++scales = 0.0f;
+        }
+      }
+      uint32_t word[2] = {};
+#pragma unroll
+      for (int j = 0; j < kEight; j += 2) {
+        const uint32_t two =
+            __nv_cvt_float2_to_fp8x2(make_float2(value[j] * inverse, value[j + 1] * inverse), __NV_SATFINITE, __NV_E4M3);
+        word[j / 4] |= two << (j % 4 * 8);
+      }
+      uint8_t* to = payload.codes + row * width + column;
+      if (aligned) {
+        if (left[n] > 0) *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[1]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kEight; ++j) {
+          if (j < left[n]) to[j] = static_cast<uint8_t>(word[j / 4] >> (j % 4 * 8));
+        }
+      }
+    }
+  }
+}
+
+// Block (32 lanes, warps of a row, slots): a group of 32 rows, 8 of them a slot or all of them the one slot's. grad_x, and the
+// group's sum for grad_weight into `partial` [groups, width].
+template <typename X, typename W, typename A, int kPieces, int kSlots>
+__global__ void __launch_bounds__(1024) backward_kernel(
+    const X* __restrict__ grad, int64_t grad_stride, const X* __restrict__ x, int64_t stride, const W* __restrict__ weight,
+    const A* __restrict__ rstd, X* __restrict__ grad_x, A* __restrict__ partial, int64_t rows, int width, bool aligned) {
+  static_assert(kSlots == 1 || kPieces == 1);
+  constexpr int kCount = kRowGroup / kSlots;                    // rows of a slot
+  constexpr int kSharedSum = kSlots == 1 ? 1 : 8 * kPiece;  // a row of at most 8 warps
+  constexpr bool kKeep = kPieces == 1;  // the group's sum in registers; otherwise in `partial`, where the same thread adds to it
+  __shared__ A piece_sum[2][kSlots][kMostPieces];
+  __shared__ A shared_sum[kSharedSum];
+  const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y, slot = threadIdx.z;
+  const int64_t first = int64_t(blockIdx.x) * kRowGroup + slot * kCount;
+  A* sum_out = partial + int64_t(blockIdx.x) * width;
+
+  int column[kPieces];
+  Eight<W> factor[kPieces];
+  Eight<X> in[kPieces], of_y[kPieces], next_in[kPieces], next_of_y[kPieces];
+  A run[kPieces][kEight] = {}, total[kEight] = {};
+  A scale, next_scale;
+  const auto read = [&](Eight<X>(&to)[kPieces], Eight<X>(&to_grad)[kPieces], int64_t row) {
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n) {
+      const int left = row < rows ? width - column[n] : 0;
+      to[n].read(x + row * stride + column[n], left, aligned);
+      to_grad[n].read(grad + row * grad_stride + column[n], left, aligned);
+    }
+    return row < rows ? rstd[row] : A(0);
+  };
+#pragma unroll
+  for (int n = 0; n < kPieces; ++n) {
+    column[n] = (warp + n * warps) * kPiece + lane * kEight;
+    factor[n].read(weight + column[n], width - column[n], aligned);
+  }
+  scale = read(in, of_y, first);
+  for (int i = 0; i < kCount; ++i) {
+    const int64_t row = first + i;
+    if (i + 1 < kCount) next_scale = read(next_in, next_of_y, row + 1);  // on its way while this row is summed
+    A sum[kPieces];
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n) {
+      A part[kEight];
+#pragma unroll
+      for (int j = 0; j < kEight; ++j) {
+        part[j] = mul(mul(widen(of_y[n][j]), static_cast<A>(widen(factor[n][j]))), mul(widen(in[n][j]), scale));
+      }
+      sum[n] = warp_sum(sum_of_eight(part));
+    }
+    A dot = add(sum[0], A(0));
+    if (warps > 1) {
+      A* own = piece_sum[i % 2][slot];  // two in turn: the barrier of the next row parts the readers of this from its next writers
+      if (lane == 0) {
+#pragma unroll
+        for (int n = 0; n < kPieces; ++n) own[warp + n * warps] = sum[n];
+      }
+      __syncthreads();
+      dot = sum_of_pieces(own, kPieces * warps);
+    }
+    const A mean = divide(dot, static_cast<A>(width));
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n) {
+      Eight<X> out;
+#pragma unroll
+      for (int j = 0; j < kEight; ++j) {
+        const A of = widen(of_y[n][j]), normed = mul(widen(in[n][j]), scale);
+        run[n][j] = add(run[n][j], mul(of, normed));
+        narrow(mul(sub(mul(of, static_cast<A>(widen(factor[n][j]))), mul(normed, mean)), scale), out[j]);
+      }
+      if (row < rows) out.write(grad_x + row * width + column[n], width - column[n], aligned);
+    }
+    if (i % kRowRun == kRowRun - 1) {
+#pragma unroll
+      for (int n = 0; n < kPieces; ++n) {
+        if constexpr (kKeep) {
+#pragma unroll
+          for (int j = 0; j < kEight; ++j) total[j] = add(total[j], run[n][j]), run[n][j] = A(0);
+        } else {
+          Eight<A> held;
+          const int left = width - column[n];
+          held.read(sum_out + column[n], i < kRowRun ? 0 : left, aligned);
+#pragma unroll
+          for (int j = 0; j < kEight; ++j) held[j] = add(held[j], run[n][j]), run[n][j] = A(0);
+          held.write(sum_out + column[n], left, aligned);
+        }
+      }
+    }
+    scale = next_scale;
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n) in[n] = next_in[n], of_y[n] = next_of_y[n];
+  }
+  if constexpr (kKeep) {
+    if constexpr (kSlots > 1) {
+      for (int turn = 0; turn < kSlots; ++turn) {  // the slots one after the other
+        if (slot == turn) {
+#pragma unroll
+          for (int j = 0; j < kEight; ++j) {
+            A& held = shared_sum[(warp * kEight + j) * kWarp + lane];
+            if (turn > 0) total[j] = add(held, total[j]);
+            held = total[j];
+          }
+        }
+        __syncthreads();
+      }
+      if (slot != kSlots - 1) return;
+    }
+    Eight<A> result;
+#pragma unroll
+    for (int j = 0; j < kEight; ++j) result[j] = total[j];
+    result.write(sum_out + column[0], width - column[0], aligned);
+  }
+}
+
+// grad_weight from the groups' sums. Block (32 columns, 32 lanes of groups).
+template <typename A, typename W>
+__global__ void __launch_bounds__(1024)
+    sum_groups_kernel(const A* __restrict__ partial, int64_t groups, int width, W* __restrict__ grad_weight) {
+  __shared__ A sum[kGroupLanes][kWarp];
+  const int column = blockIdx.x * kWarp + threadIdx.x, lane = threadIdx.y;
+  A own = A(0);
+  if (column < width) {
+#pragma unroll 8
+    for (int64_t g = lane; g < groups; g += kGroupLanes) own = add(own, partial[g * width + column]);
+  }
+  sum[lane][threadIdx.x] = own;
+  for (int half = kGroupLanes / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (lane < half) sum[lane][threadIdx.x] = add(sum[lane][threadIdx.x], sum[lane + half][threadIdx.x]);
+  }
+  if (lane == 0 && column < width) narrow(sum[0][threadIdx.x], grad_weight[column]);
+}
+
+// The weight in a dtype that kernels take beside x: x's, or fp32 (fp64 for fp64).
+at::Tensor weight_for(const at::Tensor& x, const at::Tensor& weight) {
+  if (x.scalar_type() == at::kDouble) return weight.to(at::kDouble).contiguous();
+  const bool both = x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16;
+  return (both ? weight : weight.to(at::kFloat)).contiguous();
+}
+
+// Calls `with(X, W, A)`: dtypes of x, of the weight and of sums.
+template <typename With>
+void on_dtypes(const at::Tensor& x, const at::Tensor& weight, With with) {
+  if (x.scalar_type() == at::kDouble) {
+    with(double{}, double{}, double{});
+  } else if (x.scalar_type() == at::kFloat) {
+    with(float{}, float{}, float{});
+  } else if (weight.scalar_type() == at::kFloat) {
+    with(__nv_bfloat16{}, float{}, float{});
+  } else {
+    with(__nv_bfloat16{}, __nv_bfloat16{}, float{});
+  }
+}
+
+template <typename T>
+const T* read_ptr(const at::Tensor& x) {
+  return reinterpret_cast<const T*>(x.const_data_ptr());
+}
+template <typename T>
+T* write_ptr(const at::Tensor& x) {
+  return reinterpret_cast<T*>(x.mutable_data_ptr());
+}
+
+// Whether rows of `width` numbers, `stride` apart, are whole eights that 16-byte accesses fit.
+template <typename T>
+bool eights(const T* base, int64_t stride, int64_t width) {
+  return width % kEight == 0 && fits16(base, stride);
+}
+
+// y or payload, and rstd.
+template <bool kQuantize>
+void norm(const at::Tensor& x, const at::Tensor& weight_any, const at::Tensor& y, const at::Tensor& rstd, double eps, Payload payload) {
+  const at::Tensor weight = weight_for(x, weight_any);
+  const int64_t rows = x.size(0), width = x.size(1), pieces = ceil_div(width, kPiece);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  on_dtypes(x, weight, [&](auto x_of, auto weight_of, auto sum_of) {
+    using X = decltype(x_of);
+    using W = decltype(weight_of);
+    using A = decltype(sum_of);
+    if constexpr (!kQuantize || sizeof(X) < 8) {
+      const X* from = read_ptr<X>(x);
+      const W* factor = read_ptr<W>(weight);
+      const bool aligned = eights(from, x.stride(0), width) && eights(factor, width, width);
+      const auto launch = [&](auto each) {
+        constexpr int kPieces = decltype(each)::value;
+        const auto warps = static_cast<unsigned>(ceil_div(pieces, kPieces));
+        const unsigned together = kPieces == 1 && warps == 1 ? 4 : 1;
+        const int64_t blocks = ceil_div(rows, together);
+        TORCH_CHECK_VALUE(blocks <= std::numeric_limits<int32_t>::max(), "rms_norm: expected fewer than 2^31 rows, got ", rows);
+        norm_kernel<X, W, A, kPieces, kQuantize><<<static_cast<unsigned>(blocks), dim3(kWarp, warps, together), 0, stream>>>(
+            from, x.stride(0), factor, kQuantize ? nullptr : write_ptr<X>(y), write_ptr<A>(rstd), rows, static_cast<int>(width),
+            static_cast<A>(eps), aligned, payload);
+      };
+      if (pieces <= 8) {
+        launch(std::integral_constant<int, 1>{});
+      } else if (pieces <= 16) {
+        launch(std::integral_constant<int, 2>{});
+      } else if (pieces <= 32) {
+        launch(std::integral_constant<int, 4>{});
+      } else {
+        launch(std::integral_constant<int, 8>{});
+      }
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+  });
+}
+
+Pair rms_norm_cuda(const at::Tensor& x_any, const at::Tensor& weight, double eps) {
+  check_rms_norm("rms_norm", x_any, weight, true);
+  const c10::cuda::CUDAGuard guard(x_any.device());
+  const at::Tensor y = at::empty(x_any.sizes(), x_any.options().memory_format(at::MemoryFormat::Contiguous));
+  const at::Tensor rstd = rstd_like(x_any);
+  if (x_any.numel() > 0) norm<false>(as_rows(x_any), weight, y, rstd, eps, {});
+  return {y, rstd};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm_quantize_cuda(
+    const at::Tensor& x_any, const at::Tensor& weight, double eps, bool power_of_two) {
+  TORCH_CHECK_VALUE(x_any.dim() == 2, "rms_norm_quantize: expected x [M, D], got ", x_any.dim(), " dimensions");
+  check_rms_norm("rms_norm_quantize", x_any, weight, false);
+  const c10::cuda::CUDAGuard guard(x_any.device());
+  const at::Tensor x = as_rows(x_any), rstd = rstd_like(x);
+  const int64_t rows = x.size(0), width = x.size(1);
+  const at::Tensor payload = payload_like(x, {rows, width}), scales = row_scales(rows, width, x, false);
+  if (rows > 0) {
+    const Payload to{write_ptr<uint8_t>(payload), scales.mutable_data_ptr<float>(), padded_rows(rows), power_of_two};
+    norm<true>(x, weight, payload, rstd, eps, to);
+  }
+  return {payload, scales, rstd};
+}
+
+Pair rms_norm_backward_cuda(const at::Tensor& grad_any, const at::Tensor& x_any, const at::Tensor& weight_any, const at::Tensor& rstd_any) {
+  check_rms_norm_backward(grad_any, x_any, weight_any, rstd_any);
+  const c10::cuda::CUDAGuard guard(x_any.device());
+  const at::Tensor grad_x = at::empty(x_any.sizes(), x_any.options().memory_format(at::MemoryFormat::Contiguous));
+  if (x_any.numel() == 0) return {grad_x, at::zeros(weight_any.sizes(), weight_any.options())};
+  const at::Tensor grad = as_rows(grad_any), x = as_rows(x_any), rstd = rstd_any.contiguous(), weight = weight_for(x, weight_any);
+  const int64_t rows = x.size(0), width = x.size(1), pieces = ceil_div(width, kPiece), groups = ceil_div(rows, kRowGroup);
+  const at::Tensor partial = at::empty({groups, width}, rstd.options()), grad_weight = at::empty({width}, weight.options());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  TORCH_CHECK_VALUE(groups <= std::numeric_limits<int32_t>::max(), "rms_norm_backward: expected fewer than 2^36 rows, got ", rows);
+  on_dtypes(x, weight, [&](auto x_of, auto weight_of, auto sum_of) {
+    using X = decltype(x_of);
+    using W = decltype(weight_of);
+    using A = decltype(sum_of);
+    const X* from_grad = read_ptr<X>(grad);
+    const X* from = read_ptr<X>(x);
+    const W* factor = read_ptr<W>(weight);
+    const bool aligned =
+        eights(from_grad, grad.stride(0), width) && eights(from, x.stride(0), width) && eights(factor, width, width);
+    const auto launch = [&](auto each, auto slots) {
+      constexpr int kPieces = decltype(each)::value, kSlots = decltype(slots)::value;
+      const auto warps = static_cast<unsigned>(ceil_div(pieces, kPieces));
+      backward_kernel<X, W, A, kPieces, kSlots><<<static_cast<unsigned>(groups), dim3(kWarp, warps, kSlots), 0, stream>>>(
+          from_grad, grad.stride(0), from, x.stride(0), factor, read_ptr<A>(rstd), write_ptr<X>(grad_x), write_ptr<A>(partial), rows,
+          static_cast<int>(width), aligned);
+    };
+    using One = std::integral_constant<int, 1>;
+    if (pieces <= 8) {
+      launch(One{}, std::integral_constant<int, kRowRuns>{});
+    } else if (pieces <= 32) {
+      launch(One{}, One{});
+    } else {
+      launch(std::integral_constant<int, 2>{}, One{});
+    }
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    sum_groups_kernel<A, W><<<static_cast<unsigned>(ceil_div(width, kWarp)), dim3(kWarp, kGroupLanes), 0, stream>>>(
+        read_ptr<A>(partial), groups, static_cast<int>(width), write_ptr<W>(grad_weight));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {grad_x, grad_weight.to(weight_any.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(r1mega, CUDA, m) {
+  m.impl("rms_norm", rms_norm_cuda);
+  m.impl("rms_norm_backward", rms_norm_backward_cuda);
+  m.impl("rms_norm_quantize", rms_norm_quantize_cuda);
+}
+
+}  // namespace r1mega
