@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from r1mega.device import allocation_device
 from r1mega.model.linear import accumulate, deferred
+from r1mega.ops.swiglu import swiglu
 
 
 def _drawn_by_rank(groups) -> contextlib.AbstractContextManager:
@@ -72,10 +73,10 @@ class GroupedExperts(MegatronModule):
         if rows_RD.is_cuda and rows_RD.dtype == torch.bfloat16 and len(rows_RD):
             offsets = tokens_per_expert.to(rows_RD.device).cumsum(0).to(torch.int32)
             hidden = _GroupedLinears.apply(self.weight1, rows_RD, offsets)
-            return _GroupedLinears.apply(self.weight2, _swiglu(hidden, probs_R), offsets), None
+            return _GroupedLinears.apply(self.weight2, swiglu(hidden, probs_R), offsets), None
         counts = tokens_per_expert.tolist()
         hidden = _Linears.apply(self.weight1, *rows_RD.split(counts))
-        inner = [_swiglu(part, probs) for part, probs in zip(hidden, probs_R.split(counts), strict=True)]
+        inner = [swiglu(part, probs) for part, probs in zip(hidden, probs_R.split(counts), strict=True)]
         return torch.cat(_Linears.apply(self.weight2, *inner)), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
@@ -126,11 +127,6 @@ def _stack(name: str) -> Callable:
         return torch.cat(parts)
 
     return merge
-
-
-def _swiglu(hidden_R2F: torch.Tensor, probs_R: torch.Tensor) -> torch.Tensor:
-    gate, up = hidden_R2F.chunk(2, dim=-1)
-    return (F.silu(gate) * up * probs_R.unsqueeze(-1)).to(hidden_R2F.dtype)
 
 
 def _weight_gradient(weight: torch.nn.Parameter, compute: Callable[[], torch.Tensor]) -> torch.Tensor | None:

@@ -46,7 +46,9 @@ def flat(values) -> list:
 
 def outcome(op, call, args) -> list[torch.Tensor]:
     """What an op returns, and the arguments that it changes, which are copied first."""
-    own = [[part.clone() for part in arg] if isinstance(arg, list) else arg.clone() if torch.is_tensor(arg) else arg for arg in args]
+    own = [
+        [part.clone() for part in arg] if isinstance(arg, list) else arg.clone() if torch.is_tensor(arg) else arg for arg in args
+    ]
     returned = as_tuple(call(*own))
     schema = torch._C.parse_schema(f"r1mega::{op.schema}")
     changed = [value for value, argument in zip(own, schema.arguments, strict=True) if argument.alias_info is not None]
@@ -120,7 +122,9 @@ def test_the_schema_the_fake_and_the_autograd_registration_hold(op, case, device
     if op.backward is None:
         # torch's check of the schema compares arguments in arithmetic that it does not have for fp8
         fp8 = any(torch.is_tensor(arg) and arg.is_floating_point() and arg.element_size() == 1 for arg in flat(args))
-        torch.library.opcheck(op.packet, tuple(args), test_utils=("test_faketensor",) if fp8 else ("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            op.packet, tuple(args), test_utils=("test_faketensor",) if fp8 else ("test_schema", "test_faketensor")
+        )
     else:
         torch.library.opcheck(op.packet, tuple(differentiable(args)))
 
