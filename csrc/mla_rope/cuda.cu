@@ -304,9 +304,7 @@ bool strides_fit(const T* base, const RopeStrides& strides) {
 // True where 16-byte accesses stay within parts of heads and on multiples of 16 bytes.
 template <typename T>
 bool fits_wide(const Arguments<T>& a) {
-  for (const int64_t width : {a.n.nope, a.n.rope, a.n.value}) {
-    if (width % kVector<T> != 0) return false;
-  }
+  if (a.n.nope % kVector<T> != 0 || a.n.rope % kVector<T> != 0 || a.n.value % kVector<T> != 0) return false;
   return strides_fit(a.query, a.of_query) && strides_fit(a.keys, a.of_keys) && strides_fit(a.other, a.of_other);
 }
 

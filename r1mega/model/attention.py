@@ -1,4 +1,4 @@
-"""MLA's two parts of ours in Megatron-Core's slots: core attention, and the projections around its key/value latents.
+"""MLA's two parts of ours in Megatron-Core's slots: core attention, and what comes before it: projections, latents, rotary positions.
 
 With one context rank core attention is one call of torch's. With more, a rank holds two parts of every sequence
 (:mod:`r1mega.model.context`) and ``cp_comm_type``, Megatron's key, says how its queries meet all keys: ``all_gather``, where the
@@ -9,10 +9,10 @@ latents (``kv_lora_rank + rope`` wide, whatever the number of heads) are gathere
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -25,6 +25,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 from r1mega.model.context import ContextPart
 from r1mega.model.part_attention import gathered_attention, ring_attention
+from r1mega.ops.mla_rope import mla_rope
 
 EXCHANGES = {"allgather": "all_gather", "ring": "p2p"}
 """``parallel.context_exchange`` to Megatron's ``cp_comm_type``."""
@@ -65,11 +66,6 @@ class CoreAttention(MegatronModule):
     def forward(self, query, key, value, attention_mask=None, attn_mask_type=None, packed_seq_params=None, **_):
         if packed_seq_params is not None:
             raise NotImplementedError("model: packed samples come with an attention mask; got packed_seq_params; pass segment ids")
-        if self.config.tensor_model_parallel_size > 1:
-            # All heads share the rotary key. Megatron's plain path leaves its gradient at the part of this rank's heads; sum it.
-            rotary = self.config.qk_pos_emb_head_dim
-            own, shared = key.split([key.shape[-1] - rotary, rotary], dim=-1)
-            key = torch.cat([own, copy_to_tensor_model_parallel_region(shared)], dim=-1)
         if self.part.size > 1:
             exchanged = gathered_attention if self.takes_whole_keys else ring_attention
             return exchanged(query, key, value, attention_mask, self.part, self.softmax_scale).flatten(2)
@@ -88,10 +84,12 @@ class CoreAttention(MegatronModule):
 
 
 class LatentAttention(MLASelfAttention):
-    """Megatron's MLA; where core attention takes whole keys, their latents are gathered before they are projected up.
+    """Megatron's MLA with rotary positions in one pass; where core attention takes whole keys, their latents are gathered before
+    they are projected up.
 
     A gathered token is ``kv_lora_rank + rope`` numbers instead of ``H * (nope + rope + v)``: 576 to 40,960 in DeepSeek-V3. The
-    price is that every context rank projects the whole sequence up.
+    price is that every context rank projects the whole sequence up. Refuses what its path does not have: recompute of the
+    projections, Megatron's fused rotary positions, its packed format and its inference.
     """
 
     def __init__(self, config, submodules, *args, **kwargs):
@@ -102,6 +100,10 @@ class LatentAttention(MLASelfAttention):
         for name, cls in own.items():
             if hasattr(self, name):
                 getattr(self, name).__class__ = cls
+        if self.recompute_up_proj or config.apply_rope_fusion or config.rotary_interleaved:
+            raise ValueError(
+                "model.attention: recompute of mla_up_proj, apply_rope_fusion and rotary_interleaved are not there; got one; leave it out"
+            )
 
     def get_query_key_value_tensors(
         self,
@@ -113,45 +115,59 @@ class LatentAttention(MLASelfAttention):
         *,
         inference_params=None,
     ):
-        """Query of own tokens, key and value of whole sequences, and both latents of own tokens."""
-        if not self.core_attention.takes_whole_keys:
-            return super().get_query_key_value_tensors(
-                hidden_states,
-                key_value_states,
-                position_ids,
-                packed_seq_params,
-                inference_context,
-                inference_params=inference_params,
-            )
+        """Query of own tokens, key and value of those that core attention takes, and both latents of own tokens."""
+        if packed_seq_params is not None:
+            raise NotImplementedError("model: packed samples come with an attention mask; got packed_seq_params; pass segment ids")
+        if inference_context is not None or inference_params is not None:
+            raise NotImplementedError("model: Megatron's inference is not there; got its context; use r1mega.rl.engine")
         config, nope, heads = self.config, self.config.qk_head_dim, self.num_attention_heads_per_partition
-        turn = self._rotary(hidden_states)
         if config.q_lora_rank is None:
             query_latent, project = hidden_states, self.linear_q_proj
         else:
             query_latent = self._scattered(self._down(self.linear_q_down_proj, hidden_states, config.q_lora_rank))
             query_latent, project = self.q_layernorm(query_latent), self.linear_q_up_proj
-        query = project(query_latent)[0]
-        query = query.view(*query.shape[:2], heads, self.q_head_dim)
-        query = torch.cat([query[..., :nope], turn(query[..., nope:])], dim=-1)
+        query = project(query_latent)[0].unflatten(-1, (heads, self.q_head_dim))
 
         widths = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
         latent, shared_key = self._down(self.linear_kv_down_proj, hidden_states, sum(widths)).split(widths, dim=-1)
         latent = self.kv_layernorm(self._scattered(latent))
-        group, in_order = self.pg_collection.cp, self.core_attention.part.in_order
-        # Under sequence parallelism the projection gathers over the tensor axis what has been gathered over the context axis.
-        pieces = self.pg_collection.tp.size() if config.sequence_parallel else 1
-        both = self.linear_kv_up_proj(gather_from_sequence_parallel_region(latent, group=group))[0]
-        both = in_order(both.view(*both.shape[:2], heads, nope + config.v_head_dim), pieces)
-        shared_key = in_order(gather_from_sequence_parallel_region(turn(shared_key.unsqueeze(-2)), group=group))
-        key = torch.cat([both[..., :nope], shared_key.expand(-1, -1, heads, -1)], dim=-1)
-        return query, key, both[..., nope:].contiguous(), query_latent, latent
+        whole, tensor, context = self.core_attention.takes_whole_keys, self.pg_collection.tp, self.pg_collection.cp
+        both = self.linear_kv_up_proj(gather_from_sequence_parallel_region(latent, group=context) if whole else latent)[0]
+        both = both.unflatten(-1, (heads, nope + config.v_head_dim))
+        if whole:
+            # Under sequence parallelism the projection gathers over the tensor axis what has been gathered over the context axis.
+            in_order, pieces = self.core_attention.part.in_order, tensor.size() if config.sequence_parallel else 1
+            both, shared_key = in_order(both, pieces), in_order(gather_from_sequence_parallel_region(shared_key, group=context))
+        if tensor.size() > 1:  # all heads share the key: its gradient is the sum over those of all tensor ranks
+            shared_key = copy_to_tensor_model_parallel_region(shared_key, group=tensor)
 
-    def _rotary(self, hidden_states):
-        """Turns ``[S / C, B, heads, rope]`` by the places of own tokens."""
+        cos, sin = self._cos_sin(hidden_states)
+        if not whole:
+            return *mla_rope(query, both, shared_key, cos, sin, nope), query_latent, latent
+        # Queries are a part of the sequence and keys all of it: each is turned by itself, with none of the other's heads.
+        own_key = shared_key.new_empty(*query.shape[:2], shared_key.shape[-1])
+        turned, _, _ = mla_rope(query, query.new_empty(*query.shape[:2], 0, both.shape[-1]), own_key, cos, sin, nope)
+        no_query = query.new_empty(*both.shape[:2], 0, query.shape[-1])
+        _, key, value = mla_rope(no_query, both, shared_key, *self._cos_sin(hidden_states, whole=True), nope)
+        return turned, key, value, query_latent, latent
+
+    def _cos_sin(self, hidden_states, *, whole: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[S / C, rope / 2]`` each, of own tokens' places; ``whole``: ``[S, rope / 2]``, of all. One pair for all layers."""
         length = self.rotary_pos_emb.get_rotary_seq_len(None, None, hidden_states, self.config, None)
-        angles = self.rotary_pos_emb(length)
-        angles, mscale = angles if isinstance(angles, tuple) else (angles, 1.0)
-        return lambda x: apply_rotary_pos_emb(x, angles, config=self.config, mscale=mscale, cp_group=self.pg_collection.cp)
+        context = (0, 1) if whole else (self.pg_collection.cp.rank(), self.pg_collection.cp.size())
+        key = (length, *context, hidden_states.device, *(getattr(self.config, name) for name in ROTARY))
+        if key not in _tables:
+            # what evaluation under inference mode makes here, training reads
+            with torch.inference_mode(False), torch.no_grad():
+                angles = self.rotary_pos_emb(
+                    length, packed_seq=whole
+                )  # Megatron cuts them by context rank but for packed sequences
+                angles, mscale = angles if isinstance(angles, tuple) else (angles, 1.0)
+                angles = angles[:, 0, 0, : angles.shape[-1] // 2]  # the second half is the same
+                while len(_tables) >= MOST_TABLES:
+                    del _tables[next(iter(_tables))]
+                _tables[key] = (angles.cos() * mscale).contiguous(), (angles.sin() * mscale).contiguous()
+        return _tables[key]
 
     def _down(self, linear, hidden_states, width: int):
         """A down-projection, whole on every tensor rank: ``[S / C, B, width]``."""
@@ -161,3 +177,21 @@ class LatentAttention(MLASelfAttention):
     def _scattered(self, latent):
         """A latent as the projections up take it: under sequence parallelism this tensor rank's rows."""
         return scatter_to_sequence_parallel_region(latent) if self.config.sequence_parallel else latent
+
+
+ROTARY = (
+    "rope_type",
+    "qk_pos_emb_head_dim",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+"""What of Megatron's config decides the angles."""
+MOST_TABLES = 8
+_tables: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+"""Cosines and sines by length, part and config, the oldest first."""

@@ -19,9 +19,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType, LayerType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -36,6 +35,7 @@ from r1mega.model.attention import EXCHANGES, CoreAttention, LatentAttention
 from r1mega.model.experts import GroupedExperts
 from r1mega.model.layers import LatentRMSNorm, RMSNorm
 from r1mega.model.linear import split_weight_gradients
+from r1mega.model.mlp import SharedMLP, dense_spec
 from r1mega.model.moe import mixture_spec
 
 
@@ -122,7 +122,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
 def _layer(config: MLATransformerConfig, groups: ProcessGroupCollection, dispatcher: Any, *, moe: bool) -> ModuleSpec:
     """One decoder layer: MLA, then a dense FFN or DeepSeek's MoE."""
     dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    shared = ModuleSpec(module=SharedExpertMLP, submodules=dense) if config.moe_shared_expert_intermediate_size else None
+    shared = ModuleSpec(module=SharedMLP, submodules=dense) if config.moe_shared_expert_intermediate_size else None
     parts = MoESubmodules(experts=ModuleSpec(module=GroupedExperts), shared_experts=shared)
     mixture = mixture_spec(parts, groups, dispatcher)
     attention = MLASelfAttentionSubmodules(
@@ -143,7 +143,7 @@ def _layer(config: MLATransformerConfig, groups: ProcessGroupCollection, dispatc
             self_attention=ModuleSpec(module=LatentAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=mixture if moe else ModuleSpec(module=MLP, submodules=dense),
+            mlp=mixture if moe else dense_spec(dense, groups, config.ffn_hidden_size),
             mlp_bda=get_bias_dropout_add,
         ),
     )

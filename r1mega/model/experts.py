@@ -24,6 +24,7 @@ from r1mega.ops.accumulate import accumulate_grouped_, accumulate_product_
 from r1mega.ops.permute import permute_probs, permute_rows
 from r1mega.ops.quantize import BLOCK
 from r1mega.ops.row_map import RowMap, map_rows
+from r1mega.ops.swiglu import swiglu
 
 
 def _drawn_by_rank(groups) -> contextlib.AbstractContextManager:
@@ -85,10 +86,10 @@ class GroupedExperts(MegatronModule):
         if rows_RD.is_cuda and rows_RD.dtype == torch.bfloat16 and len(rows_RD):
             offsets = tokens_per_expert.to(rows_RD.device).cumsum(0).to(torch.int32)
             hidden = _GroupedLinears.apply(self.weight1, rows_RD, offsets)
-            return _GroupedLinears.apply(self.weight2, _swiglu(hidden, probs_R), offsets), None
+            return _GroupedLinears.apply(self.weight2, swiglu(hidden, probs_R), offsets), None
         counts = tokens_per_expert.tolist()
         hidden = _Linears.apply(self.weight1, *rows_RD.split(counts))
-        inner = [_swiglu(part, probs) for part, probs in zip(hidden, probs_R.split(counts), strict=True)]
+        inner = [swiglu(part, probs) for part, probs in zip(hidden, probs_R.split(counts), strict=True)]
         return torch.cat(_Linears.apply(self.weight2, *inner)), None
 
     def on_tokens(
@@ -160,11 +161,6 @@ def _stack(name: str) -> Callable:
         return torch.cat(parts)
 
     return merge
-
-
-def _swiglu(hidden_R2F: torch.Tensor, probs_R: torch.Tensor) -> torch.Tensor:
-    gate, up = hidden_R2F.chunk(2, dim=-1)
-    return (F.silu(gate) * up * probs_R.unsqueeze(-1)).to(hidden_R2F.dtype)
 
 
 class _Linears(torch.autograd.Function):

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from r1mega.ops.permute import UNPERMUTE_BACKWARD, permute, permute_probs, permute_rows, unpermute
-from r1mega.ops.permute_quantize import permute_quantize, quantize_rows_reference
+from r1mega.ops.permute_quantize import permute_quantize
+from r1mega.ops.quantize import quantize_rows_reference
 from r1mega.ops.row_map import RowMap, map_rows
 from r1mega.testing.bench import Bench
 

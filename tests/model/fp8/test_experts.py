@@ -89,7 +89,7 @@ def test_answers_and_gradients_are_near_those_of_the_plain_experts(device, call,
     found, want = run(call, ours, *given), run(plain, theirs, *given)
     for one, true in zip(found, want, strict=True):
         assert one.dtype == true.dtype and one.shape == true.shape
-        assert error(one, true) < 1.5 * FP8_ERROR  # two products behind each other
+        assert error(one, true) < 2 * FP8_ERROR  # of up to three products behind each other
     assert not found[-1][3].any() and not found[2][~given[2]].any()  # nothing for an expert without tokens, or not chosen
 
 
