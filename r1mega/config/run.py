@@ -99,7 +99,10 @@ class ParallelConfig:
 
 @dataclass
 class PrecisionConfig:
-    """Number formats of parameters, activations and matrix products; master weights and gradients are fp32."""
+    """Number formats of parameters, activations and matrix products.
+
+    Master weights and gradients are fp32, moments too but for ``optim.moment_dtype``.
+    """
 
     dtype: str = knob("fp32", "format of parameters and activations", "name", **one_of("fp32", "bf16"))
     products: str = knob(

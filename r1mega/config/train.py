@@ -24,6 +24,7 @@ class OptimConfig:
     beta2: float = knob(0.95, "decay of the second moment", "1", **between(0, 1))
     eps: float = knob(1e-8, "Adam's epsilon", "1", **above(0))
     weight_decay: float = knob(0.1, "decoupled weight decay (not on norms and biases)", "1", **at_least(0))
+    moment_dtype: str = knob("fp32", "what both moments are held in; bf16: as V3 (3.3.3)", "name", **one_of("fp32", "bf16"))
     clip_grad: float = knob(1.0, "largest global gradient norm; 0: no clipping", "1", **at_least(0))
     batch_ramp_start: int = knob(0, "sequences a step at the start of the ramp; 0: no ramp", "sequences", **at_least(0))
     batch_ramp_steps: int = knob(0, "steps over which the batch grows to its full size", "steps", **at_least(0))

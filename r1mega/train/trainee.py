@@ -22,6 +22,7 @@ from r1mega.model.build import build_stages, transformer_config
 from r1mega.model.fp8.use import use_products
 from r1mega.model.fp8.weights import kept_weights
 from r1mega.train import gradients
+from r1mega.train.adamw import use_moments
 from r1mega.train.pipeline.run import Executor
 from r1mega.train.pipeline.schedule import Pipeline
 from r1mega.train.stages import Stages
@@ -113,6 +114,8 @@ class Trainee:
             use_distributed_optimizer=True,
         )
         self.optimizer = get_megatron_optimizer(config, [self.model])
+        if optim.moment_dtype != "fp32":
+            use_moments(self.optimizer, DTYPES[optim.moment_dtype])
         # Between the gradient norm and the update stands the judge: both calls are Megatron's own step's.
         norm, update = self.optimizer.get_grad_norm, self.optimizer.step_with_ready_grads
 
@@ -133,7 +136,8 @@ class Trainee:
             if not isinstance(inner, torch.optim.Adam) or inner.state:
                 continue
             for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
-                zero = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                dtype = getattr(inner, "moment_dtype", parameter.dtype)
+                zero = {name: torch.zeros_like(parameter, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
                 inner.state[parameter] = {"step": torch.tensor(0.0), **zero}
 
     @property
