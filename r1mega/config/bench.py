@@ -36,6 +36,7 @@ class BenchConfig(RunConfig):
     rounds: int | None = knob(
         None, "rounds of which the median is taken; null: 30 for ops, 10 for moe and step", "rounds", **at_least(1)
     )
+    nvtx: bool = knob(False, "step: name each layer and each op of ours for a profiler", "bool")
     baseline: str | None = knob(
         None, "file of figures to compare with; null: tools/bench/baseline/DEVICE.json of the checkout", "path"
     )

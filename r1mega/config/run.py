@@ -147,6 +147,9 @@ class ComputeConfig(RunConfig):
         "trace a few steps (rl: one rollout) of pretrain, sft or rl into out/profile, and record who allocates memory",
         "bool",
     )
+    nvtx: bool = knob(
+        False, "name each layer and each op of ours for a profiler, in pretrain, sft and rl: NVTX on a GPU, else torch's", "bool"
+    )
 
 
 @dataclass

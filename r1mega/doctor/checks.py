@@ -121,11 +121,11 @@ def checks(folder: Path) -> list[Check]:
         Check(
             "C++ compiler",
             False,
-            "nothing yet: r1mega compiles nothing in this version, every op is torch's own",
+            "the kernels of csrc/ cannot be built: plain torch does their work",
             _system_package("g++", "gcc-c++"),
             ("compiler",),
-            note="r1mega compiles nothing yet: every op is torch's",
         ),
+        Check("kernels of csrc/", False, "nothing: plain torch does their work, more slowly", _build(), ("kernels",)),
         *(_package(requirement, required=False) for requirement in extras),
         Check(
             "flash-attn",
@@ -144,9 +144,13 @@ def checks(folder: Path) -> list[Check]:
             note=FUSED_ADAM,
         ),
         Check(
-            "nvcc", False, "nothing yet: no CUDA kernel of ours; DeepGEMM needs it", "install the CUDA toolkit", ("tool", "nvcc")
+            "nvcc",
+            False,
+            "the GPU kernels of csrc/ cannot be built: plain torch does their work; DeepGEMM needs it too",
+            "install the CUDA toolkit",
+            ("tool", "nvcc"),
         ),
-        Check("ninja", False, "nothing yet: nothing is compiled", _pip("ninja"), ("tool", "ninja")),
+        Check("ninja", False, "a build of csrc/ compiles every file each time", _pip("ninja"), ("tool", "ninja")),
         Check("git", False, "the commit in a run's record", _system_package("git", "git"), ("tool", "git")),
         *([_package(known["ruff"], required=False)] if "ruff" in known and is_checkout() else []),
         Check("/dev/shm", False, "NCCL between the GPUs of one machine", "docker run --shm-size=8g", here=_shared_memory),
@@ -233,6 +237,12 @@ def _pip(text: str) -> str:
     shown = python.removeprefix(here) if python.startswith(here) else python
     isolation = "--no-build-isolation " if re.split(r"[\[<>=!]", text)[0] in NO_ISOLATION else ""
     return f"{shlex.quote(shown)}{PIP}{isolation}{shlex.quote(text)}"
+
+
+def _build() -> str:
+    if not is_checkout():
+        return "pip install --no-build-isolation of a checkout"
+    return f"{shlex.quote(sys.executable)} setup.py build_ext --inplace"
 
 
 def _gpu_way(known: dict[str, Requirement]) -> str:

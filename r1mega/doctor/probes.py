@@ -145,6 +145,27 @@ def compiler() -> Result:
     return {"found": f"{Path(found[0]).name} {_version(version)}", "detail": "compiles C++17 and runs it"}
 
 
+def kernels() -> Result:
+    """The library of csrc/: is it there, of this torch, of this source, and has it kernels for the GPU that is here?"""
+    import torch
+
+    from r1mega.ops import build, library
+
+    path = library.library_path()
+    if not path.is_file():
+        if found := build.others(path):
+            raise RuntimeError(f"built for torch {', '.join(found)}, this is {torch.__version__}")
+        raise Missing
+    if torch.cuda.is_available():
+        torch.cuda.init()  # the GPU's architecture counts too
+    if not library.load():
+        raise RuntimeError(f"{path.name} cannot be loaded")
+    held, ops = build.read_build(path), f"{len(library.all_ops())} ops"
+    if held is None:
+        return {"found": torch.__version__, "detail": f"{ops}; says nothing of its build"}
+    return {"found": held.torch, "detail": f"{ops}; {str(held).partition(', ')[2]}"}
+
+
 def tool(name: str) -> Result:
     """A program that says its version."""
     if not shutil.which(name):
@@ -173,7 +194,7 @@ def _line(error: BaseException) -> str:
 
 
 PROBES: dict[str, Callable[..., Result]] = {
-    probe.__name__: probe for probe in (package, hydra_grammar, math_answer, torch_product, gpu, compiler, tool)
+    probe.__name__: probe for probe in (package, hydra_grammar, math_answer, torch_product, gpu, compiler, kernels, tool)
 }
 
 

@@ -42,6 +42,7 @@ from r1mega.train.manifest import check_same_command
 from r1mega.train.memory import Watch, watched
 from r1mega.train.metrics import Metrics
 from r1mega.train.profile import Profile
+from r1mega.train.ranges import named_layers
 from r1mega.train.saving import run_saver
 from r1mega.train.schedule import learning_rate
 from r1mega.train.trainee import StepResult
@@ -58,7 +59,7 @@ def rl(config: RlConfig) -> dict[str, Any]:
         watched(mesh, Path(config.out), way_out) as watch,
     ):
         loop = RlLoop(config, mesh, init, rewards, watch)
-        with loop.saver:
+        with named_layers(loop.policy.trainee, config.nvtx), loop.saver:
             while loop.state.extra["rollouts"] < config.rl.rollouts:
                 loop.rollout()
             return loop.finish()

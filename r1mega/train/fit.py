@@ -39,6 +39,7 @@ from r1mega.train.memory import watched
 from r1mega.train.metrics import Metrics
 from r1mega.train.pipeline.timeline import write_events
 from r1mega.train.profile import Profile
+from r1mega.train.ranges import named_layers
 from r1mega.train.saving import run_saver
 from r1mega.train.schedule import batch_size, learning_rate
 from r1mega.train.trainee import LossSum, StepResult, Trainee
@@ -95,7 +96,7 @@ def fit(config: PretrainConfig | SftConfig, model: ModelConfig, open_source: Cal
         pipeline = config.pipeline.build(config.parallel.pipeline)
         watch.trainee = trainee = Trainee(model, config.optim, mesh, config.precision, pipeline, config.dispatcher)
         run = _Run(config, model, mesh, source, trainee)
-        with run.saver:
+        with named_layers(trainee, config.nvtx), run.saver:
             run.start()
             run.loop()
             return run.finish()

@@ -29,6 +29,7 @@ EVERY = {
     "export": ("checkpoint=a",),
     "report": ("run=runs/quickstart",),
     "timeline": ("pipeline=interleaved", "pipeline.chunks=3"),
+    "bench": ("bench=step", "model.num_experts=64", "precision=bf16", "baseline=b.json"),
     "chat": ("checkpoint=a", "prompt='what is 1 + 1, then?'"),
 }
 

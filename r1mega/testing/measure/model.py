@@ -104,6 +104,7 @@ def training_step(config: BenchConfig, device: Device, rounds: int) -> tuple[dic
     from r1mega.model.flops import train_flops_per_token
     from r1mega.model.forward import TokenTensors, token_losses
     from r1mega.train.fit import masked_sum
+    from r1mega.train.ranges import named_layers
     from r1mega.train.trainee import Trainee
 
     model, shape = config.model, (config.micro_batch_size, config.sequence_length)
@@ -129,7 +130,8 @@ def training_step(config: BenchConfig, device: Device, rounds: int) -> tuple[dic
             marks.clear()
             device.synchronize()
             begin = device.mark()
-            result = trainee.step(batches, token_losses, masked_sum, optim.lr, lambda loss, norm: "")
+            with named_layers(trainee, config.nvtx):
+                result = trainee.step(batches, token_losses, masked_sum, optim.lr, lambda loss, norm: "")
             end = device.mark()
             if number >= config.warmup:
                 passes.append(device.milliseconds(begin, marks[0]))
