@@ -16,6 +16,10 @@ TORCH_LIBRARY(r1mega, m) {
   m.def("accumulate_product_(Tensor(a!) out, Tensor left, Tensor right) -> ()");
   m.def("accumulate_grouped_(Tensor(a!) out, Tensor left, Tensor right, Tensor ends) -> ()");
   m.def(
+      "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] copies, "
+      "Tensor step, float lr, float beta1, float beta2, float eps, float weight_decay, float? grad_scale) "
+      "-> ()");
+  m.def(
       "mla_rope(Tensor query, Tensor key_value, Tensor shared_key, Tensor cos, Tensor sin, SymInt nope) "
       "-> (Tensor turned_query, Tensor key, Tensor value)");
   m.def(
@@ -62,4 +66,11 @@ TORCH_LIBRARY(r1mega, m) {
   m.def(
       "swiglu_backward_quantize(Tensor grad, Tensor hidden, Tensor? hidden_scales, Tensor? probs, bool power_of_two) "
       "-> (Tensor grad_hidden, Tensor payload, Tensor scales, Tensor grad_probs, Tensor activation)");
+  m.def(
+      "token_logprobs(Tensor hidden, Tensor weight, Tensor targets, int num_tokens) "
+      "-> (Tensor logprobs, Tensor entropy, Tensor log_sum)");
+  m.def(
+      "token_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor targets, "
+      "Tensor log_sum, Tensor entropy, int num_tokens) "
+      "-> (Tensor grad_hidden, Tensor grad_weight)");
 }

@@ -13,6 +13,7 @@ from r1mega.model.gradients import WeightGradients
 from r1mega.testing.ranks import run_ranks
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PLAIN = Recipe()
 FP8_ERROR = 0.05
 """Of a product of random numbers: E4M3 has a relative error of up to 1/16 a number, and they average out."""
 
@@ -25,7 +26,7 @@ def error(found: torch.Tensor, true: torch.Tensor) -> float:
     return float((found.float() - true.float()).norm() / true.float().norm())
 
 
-def run(x, weight, recipe=Recipe(), store: WeightGradients | None = None):
+def run(x, weight, recipe=PLAIN, store: WeightGradients | None = None):
     x = x.detach().requires_grad_()
     if store is None:
         out = Fp8Linear.apply(x, weight, False, False, None, recipe)
