@@ -1,8 +1,8 @@
 // route and route_backward on a CPU. The contract: r1mega/ops/route.py.
 //
 // Scores come from torch's vectorised sigmoid and softmax, so that a choice within rounding of a tie is the reference's too; the rest
-// is one pass over the tokens. Best experts are kept sorted while a token's scores go by: most are below the worst of them and cost
-// one comparison.
+// is one pass over the tokens. A token's experts are taken one by one, each the largest of integers that order as the scores do: loops
+// without branches, of as many numbers at once as the processor has.
 
 #include "op.h"
 
@@ -14,6 +14,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/softmax.h>
+#include <c10/util/bit_cast.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -21,6 +22,7 @@
 #include <cstring>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace r1mega {
@@ -28,72 +30,118 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements a thread takes at least
 
-// Whether a comes before b in a descending order in which NaN is the largest.
-template <typename T>
-inline bool above(T a, T b) {
-  return a > b || (a != a && b == b);
+// Integer loops run on whatever vectors the processor has; their results do not depend on it.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define R1MEGA_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define R1MEGA_CLONES
+#endif
+#define R1MEGA_INLINE inline __attribute__((always_inline))
+
+// A score as a signed integer that orders as a stable descending sort takes it: NaN above all, -0 as 0. No score's is the lowest.
+R1MEGA_INLINE int32_t to_key(float score) {
+  const int32_t bits = c10::bit_cast<int32_t>(score + 0.0f);  // -0 + 0 is 0
+  return score != score ? std::numeric_limits<int32_t>::max() : bits ^ ((bits >> 31) & std::numeric_limits<int32_t>::max());
+}
+R1MEGA_INLINE int64_t to_key(double score) {
+  const int64_t bits = c10::bit_cast<int64_t>(score + 0.0);
+  return score != score ? std::numeric_limits<int64_t>::max() : bits ^ ((bits >> 63) & std::numeric_limits<int64_t>::max());
+}
+R1MEGA_INLINE float to_score(int32_t key) { return c10::bit_cast<float>(key ^ ((key >> 31) & std::numeric_limits<int32_t>::max())); }
+R1MEGA_INLINE double to_score(int64_t key) { return c10::bit_cast<double>(key ^ ((key >> 63) & std::numeric_limits<int64_t>::max())); }
+
+// Takes the best key out of `key` and returns its place: of equal ones, the first.
+template <typename Key>
+R1MEGA_INLINE int32_t take_best(Key* key, int32_t count) {
+  Key most = key[0];
+  for (int32_t i = 1; i < count; ++i) most = key[i] > most ? key[i] : most;
+  int32_t place = count;
+  for (int32_t i = 0; i < count; ++i) {
+    const int32_t here = key[i] == most ? i : count;
+    place = here < place ? here : place;
+  }
+  key[place] = std::numeric_limits<Key>::lowest();
+  return place;
 }
 
-// The best `size` of the scores seen, sorted, the earlier one first where two are equal.
-template <typename T>
-struct Best {
-  std::vector<T> score;
-  std::vector<int64_t> index;
-  int64_t size = 0, held = 0;
-
-  void start(int64_t wanted) {
-    size = wanted, held = 0;
-    if (static_cast<int64_t>(score.size()) < size) score.resize(size), index.resize(size);
-  }
-
-  void see(T value, int64_t from) {
-    if (held == size) {
-      if (value <= score[size - 1] || !above(value, score[size - 1])) return;
-    } else {
-      ++held;
+// The sum of the `best` largest scores of a group, largest first.
+template <typename T, typename Key>
+R1MEGA_INLINE T group_score(const Key* key, int32_t size, int32_t best, Key* spare) {
+  constexpr Key kLowest = std::numeric_limits<Key>::lowest();
+  if (best <= 2) {
+    Key first = kLowest, second = kLowest;
+    for (int32_t i = 0; i < size; ++i) {
+      const Key lower = key[i] < first ? key[i] : first;
+      first = key[i] > first ? key[i] : first;
+      second = lower > second ? lower : second;
     }
-    int64_t place = held - 1;
-    for (; place > 0 && above(value, score[place - 1]); --place) {
-      score[place] = score[place - 1];
-      index[place] = index[place - 1];
-    }
-    score[place] = value;
-    index[place] = from;
+    return best == 1 ? to_score(first) : to_score(first) + to_score(second);
   }
+  std::copy(key, key + size, spare);
+  T sum = to_score(key[take_best(spare, size)]);
+  for (int32_t n = 1; n < best; ++n) sum += to_score(key[take_best(spare, size)]);
+  return sum;
+}
+
+// What one thread needs for its tokens. T: float or double; Key: the integer of its size.
+template <typename T, typename Key>
+struct Room {
+  std::vector<Key> key, open, group;    // of experts; of those that can be chosen; of groups
+  std::vector<int32_t> kept, expert;    // groups that are kept, in their order; a token's experts, best first
+  explicit Room(const RouteSizes& sizes, int64_t top_k)
+      : key(sizes.experts), open(sizes.experts), group(sizes.groups), kept(sizes.groups), expert(top_k) {}
 };
 
-// What one thread needs for its tokens.
-template <typename T>
-struct Chooser {
-  const RouteSizes& sizes;
-  int64_t top_k;
-  Best<T> experts, groups, members;
-  std::vector<char> kept;
-
-  Chooser(const RouteSizes& sizes, int64_t top_k) : sizes(sizes), top_k(top_k), kept(sizes.groups, 1) {}
-
-  // The token's experts by `choice`, best first, in `experts`. `group_scores`: what groups are scored by.
-  void choose(const T* choice, const T* group_scores) {
-    const int64_t size = sizes.group_size;
-    if (sizes.kept < sizes.groups) {
-      groups.start(sizes.kept);
-      for (int64_t g = 0; g < sizes.groups; ++g) {
-        members.start(sizes.group_best);
-        for (int64_t i = g * size; i < (g + 1) * size; ++i) members.see(group_scores[i], i);
-        T sum = members.score[0];
-        for (int64_t n = 1; n < sizes.group_best; ++n) sum += members.score[n];
-        groups.see(sum, g);
-      }
-      std::fill(kept.begin(), kept.end(), 0);
-      for (int64_t g = 0; g < sizes.kept; ++g) kept[groups.index[g]] = 1;
-    }
-    experts.start(top_k);
-    for (int64_t g = 0; g < sizes.groups; ++g) {
-      if (!kept[g]) continue;
-      for (int64_t e = g * size; e < (g + 1) * size; ++e) experts.see(choice[e], e);
-    }
+// A token's experts, best first, into room.expert. `choice`: what experts are compared by, but for the bias; `of_group`: what their
+// groups are.
+template <typename T, typename Key>
+R1MEGA_INLINE void choose(const RouteSizes& sizes, int32_t top_k, const T* choice, const T* of_group, const T* bias, Room<T, Key>& room) {
+  const auto E = static_cast<int32_t>(sizes.experts), G = static_cast<int32_t>(sizes.groups);
+  const auto size = static_cast<int32_t>(sizes.group_size), kept = static_cast<int32_t>(sizes.kept);
+  Key *key = room.key.data(), *open = room.open.data(), *group = room.group.data();
+  int32_t* order = room.kept.data();
+  const auto to_keys = [&](const T* score) __attribute__((always_inline)) {
+    if (bias)
+      for (int32_t e = 0; e < E; ++e) key[e] = to_key(score[e] + bias[e]);
+    else
+      for (int32_t e = 0; e < E; ++e) key[e] = to_key(score[e]);
+  };
+  if (kept == G) {
+    to_keys(choice);
+    std::copy(key, key + E, open);
+    for (int32_t k = 0; k < top_k; ++k) room.expert[k] = take_best(open, E);
+    return;
   }
-};
+  to_keys(of_group);
+  for (int32_t g = 0; g < G; ++g)
+    group[g] = to_key(group_score<T>(key + g * size, size, static_cast<int32_t>(sizes.group_best), open));
+  for (int32_t g = 0, next = 0; g < G; ++g) {
+    int32_t better = 0;  // no branch: which groups are kept cannot be foreseen
+    for (int32_t other = 0; other < G; ++other) better += (group[other] > group[g]) | ((group[other] == group[g]) & (other < g));
+    order[next] = g;
+    next += better < kept;
+    if (next == kept) break;
+  }
+  if (of_group != choice) to_keys(choice);
+  for (int32_t g = 0; g < kept; ++g) std::copy(key + order[g] * size, key + (order[g] + 1) * size, open + g * size);
+  for (int32_t k = 0; k < top_k; ++k) {
+    const int32_t place = take_best(open, kept * size);
+    room.expert[k] = order[place / size] * size + place % size;
+  }
+}
+
+using Room32 = Room<float, int32_t>;
+using Room64 = Room<double, int64_t>;
+
+R1MEGA_CLONES void choose_row(
+    const RouteSizes& sizes, int32_t top_k, const float* choice, const float* of_group, const float* bias, Room32& room) {
+  choose(sizes, top_k, choice, of_group, bias, room);
+}
+
+void choose_row(
+    const RouteSizes& sizes, int32_t top_k, const double* choice, const double* of_group, const double* bias, Room64& room) {
+  choose(sizes, top_k, choice, of_group, bias, room);
+}
 
 // Values of the chosen experts, in place: scores to probabilities, in the order of the choice.
 template <typename T>
@@ -137,18 +185,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_cpu(
     const acc_t* added = bias.defined() ? bias.const_data_ptr<acc_t>() : nullptr;
     scalar_t* prob = probs.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, T, std::max<int64_t>(1, kGrain / E), [&](int64_t first, int64_t last) {
-      Chooser<acc_t> chooser(sizes, top_k);
-      std::vector<acc_t> biased(E), value(top_k);
+      std::conditional_t<std::is_same_v<acc_t, double>, Room64, Room32> room(sizes, top_k);
+      std::vector<acc_t> value(top_k);
       int64_t* own = count.data() + at::get_thread_num() * E;
       for (int64_t t = first; t < last; ++t) {
         const acc_t* row = score + t * E;
         const acc_t* choice = sizes.score == Score::kSoftmax ? logit + t * E : row;
-        if (added) {
-          for (int64_t e = 0; e < E; ++e) biased[e] = row[e] + added[e];
-          choice = biased.data();
-        }
-        chooser.choose(choice, sizes.score == Score::kSoftmax ? row : choice);
-        const int64_t* expert = chooser.experts.index.data();
+        choose_row(sizes, static_cast<int32_t>(top_k), choice, row, added, room);
+        const int32_t* expert = room.expert.data();
         for (int64_t k = 0; k < top_k; ++k) value[k] = row[expert[k]];
         to_probs<acc_t>(sizes.score, value.data(), top_k, static_cast<acc_t>(scale));
         std::memset(static_cast<void*>(prob + t * E), 0, E * sizeof(scalar_t));
@@ -171,6 +215,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_cpu(
     end[e] = before += total[e];
   }
   return {probs, map, counts, offsets};
+}
+
+// Where a row of the map is true; how often.
+int64_t find_chosen(const bool* row, int64_t E, int64_t* expert) {
+  int64_t count = 0, e = 0;
+  for (; e + 8 <= E; e += 8) {  // most of eight are false
+    uint64_t word;
+    std::memcpy(&word, row + e, 8);
+    if (word == 0) continue;
+    for (int64_t i = e; i < e + 8; ++i) {
+      expert[count] = i;
+      count += row[i];
+    }
+  }
+  for (; e < E; ++e) {
+    expert[count] = e;
+    count += row[e];
+  }
+  return count;
 }
 
 // The gradient of one token's logits at its chosen experts; `grad`: of their probabilities, scale included; `value`: their logits.
@@ -213,14 +276,10 @@ at::Tensor route_backward_cpu(
     const acc_t factor = static_cast<acc_t>(scale);
     scalar_t* grad_out = out.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, T, std::max<int64_t>(1, kGrain / E), [&](int64_t first, int64_t last) {
-      std::vector<int64_t> expert(E);
+      std::vector<int64_t> expert(E + 1);  // one more is written to than is found
       std::vector<acc_t> given(E), value(E);
       for (int64_t t = first; t < last; ++t) {
-        int64_t count = 0;
-        for (int64_t e = 0; e < E; ++e) {  // no branch: which experts are chosen cannot be foreseen
-          expert[count] = e;
-          count += chosen[t * E + e];
-        }
+        const int64_t count = find_chosen(chosen + t * E, E, expert.data());
         for (int64_t k = 0; k < count; ++k) {
           given[k] = static_cast<acc_t>(grad_in[t * E + expert[k]]) * factor;
           value[k] = static_cast<acc_t>(logit[t * E + expert[k]]);

@@ -1,4 +1,4 @@
-"""The router of a MoE layer: Megatron's ``TopKRouter`` whose choice is the op ``route``. Gate, balance losses and state are Megatron's.
+"""The router of a MoE layer: Megatron's ``TopKRouter`` with the op ``route`` for its choice; gate, balance losses, state are its own.
 
 Logits ``[S, B, E]`` in, probabilities and map ``[S * B, E]`` out. Refuses the options in :data:`REFUSED` and Sinkhorn, which the op
 does not have.
@@ -32,7 +32,8 @@ class Router(TopKRouter):
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """``[S, B, E]`` to probabilities (the logits' dtype) and map (bool), both ``[S * B, E]``.
 
-        ``padding_mask``: bool ``[S, B]``, True for padding as Megatron computes with it, which neither the balance losses nor the counts see.
+        ``padding_mask``: bool ``[S, B]``, True for padding (as Megatron computes, not as it says), which neither the balance losses
+        nor the counts see.
         """
         config, (seq_length, batch_size) = self.config, logits.shape[:2]
         logits_TE = logits.view(-1, config.num_moe_experts)

@@ -1,6 +1,7 @@
-"""Op ``route``: DeepSeek's router, from logits to the experts of each token, their probabilities and the experts' token counts.
+"""Op ``route``: DeepSeek's router, from logits to each token's experts, their probabilities and the experts' token counts.
 
-``probs[t, e] = scale * g(score[t, e])`` where expert e is among the ``top_k`` of token t (V3, arXiv 2412.19437, equations 12 to 16), and 0 elsewhere.
+``probs[t, e] = scale * g(score[t, e])`` where expert e is among the ``top_k`` of token t, and 0 elsewhere (V3, arXiv 2412.19437,
+equations 12 to 16).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ TINY = 1e-20
 
 
 class Routed(NamedTuple):
-    """``probs_TE``: in the logits' dtype. ``routing_map_TE``: bool. ``counts_E``: int64, tokens of each expert. ``offsets_E``: int64,
-    their inclusive sums."""
+    """``probs_TE``: in the logits' dtype. ``routing_map_TE``: bool. ``counts_E``: int64, tokens of each expert. ``offsets_E``:
+    int64, their inclusive sums."""
 
     probs_TE: torch.Tensor
     routing_map_TE: torch.Tensor
@@ -41,21 +42,21 @@ def route(
     ``logits_TE``: float32 or bfloat16, on a CPU float64 too; any strides, T of 0 or more. All is computed in float32 (float64 for
     float64) and rounded once; sums have one order: the same input gives the same bits. By ``score_function``:
 
-    - ``sigmoid`` (V3): ``s = sigmoid(logits)``, chosen by ``s + bias``; probs are ``scale * s / (sum of the chosen s + 1e-20)``, and
-      ``scale * s`` for a ``top_k`` of 1. The bias (floating, ``[E]``) has no part in the probabilities and no gradient.
+    - ``sigmoid`` (V3): ``s = sigmoid(logits)``, chosen by ``s + bias``; probs are ``scale * s / (sum of the chosen s + 1e-20)``,
+      and ``scale * s`` for a ``top_k`` of 1. The bias (floating, ``[E]``) has no part in the probabilities and no gradient.
     - ``softmax`` (V2): ``s = softmax(logits)`` over all experts; probs are ``scale * s``.
     - ``topk_softmax``: chosen by the logits; probs are ``scale * softmax`` over the chosen ones.
 
-    With ``num_groups`` above 1 the experts lie in so many groups of neighbours, and only those of the best ``topk_groups`` groups are
-    chosen from; a group's score is the sum of its best ``top_k // topk_groups`` scores (biased; logits for ``topk_softmax``).
+    With ``num_groups`` above 1 the experts lie in so many groups of neighbours, and a token's are of its best ``topk_groups``
+    groups; a group's score is the sum of its best ``top_k // topk_groups`` scores (biased; logits for ``topk_softmax``).
 
-    Ties: the lower index first, for experts and for groups, as a stable descending sort has it. Experts of one ``softmax`` are compared by
-    logits, which is the same order without rounding. NaN counts as the largest score, as in ``torch.topk``; the token's ``top_k`` experts
-    are different ones even so, the NaN (for ``sigmoid`` with ``top_k`` 1: of that expert alone) is in this token's chosen probs and
-    no other token's.
+    Ties: the lower index first, for experts and for groups, as a stable descending sort has it. Experts of a ``softmax`` are
+    compared by their logits, the same order without rounding. NaN counts as the largest score, as in ``torch.topk``, and the
+    ``top_k`` experts are different ones even so: the NaN is in this token's chosen probs (for ``sigmoid`` with a ``top_k`` of 1 in
+    that expert's) and in no other token's.
 
-    The gradient of the logits is that of the formulas with the choice fixed: 0 for experts not chosen, but for ``softmax``, whose sum
-    is over all. Gradients of probs that are not chosen are not read.
+    The gradient of the logits is that of the formulas with the choice fixed: 0 for experts not chosen, but for ``softmax``, whose
+    sum is over all. Gradients of probs that are not chosen are not read.
 
     On a GPU: E up to 1024, ``top_k`` and ``num_groups`` up to 32. Raises ValueError for sizes that choose nothing or too little.
     """
