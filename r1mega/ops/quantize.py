@@ -3,7 +3,7 @@
     scale = max(largest |x| of the block, 2**-100) / 448        payload = e4m3(x * (1 / scale))
 
 as DeepSeek-V3 trains (arXiv 2412.19437, section 3.3): activations in blocks of 1x128, weights in blocks of 128x128. All of it is in
-fp32, rounded to the nearest, ties to even, so that every device gives the same bits. ``power_of_two``: scales are rounded up to one.
+fp32, rounded to the nearest, ties to even, so that every device gives the same bits. ``power_of_two``: scales rounded up to one.
 The row layout of scales, ``[M, ceil(K/128)]`` of strides (1, M rounded up to 4), is what grouped products read without a copy.
 """
 
