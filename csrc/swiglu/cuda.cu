@@ -7,7 +7,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <c10/cuda/CUDAStream.h>
 #include <cuda_fp8.h>
 #include <torch/library.h>
 
@@ -25,6 +24,7 @@ constexpr int kAtOnce = 2;        // groups whose loads a thread has in flight t
 constexpr int kGroup = 8;         // numbers of a group in the kernels that quantise
 constexpr int kLanes = kBlock / kGroup;  // threads that share a scale
 constexpr int64_t kWarpGroups = 64;      // rows of at most as many groups take a warp
+constexpr int64_t kSmall = std::numeric_limits<uint32_t>::max();
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
@@ -53,8 +53,6 @@ __device__ __forceinline__ Gradients<acc_t> gradients(acc_t grad, acc_t gate, ac
 __device__ __forceinline__ int64_t row_of(int64_t item, int64_t width, bool small) {
   return small ? static_cast<uint32_t>(item) / static_cast<uint32_t>(width) : item / width;
 }
-
-bool is_small(int64_t items) { return items <= std::numeric_limits<uint32_t>::max(); }
 
 template <typename T, int kCount>
 __device__ __forceinline__ Vector<T, kCount> load(const T* from) {
@@ -126,12 +124,9 @@ __device__ __forceinline__ void store_group(T* row, int64_t group, int64_t width
 // The sum over the threads of a row, in one order. `partial` is free again after the barrier of the next call.
 template <int kOfRow, typename acc_t>
 __device__ __forceinline__ acc_t row_sum(acc_t value, acc_t* partial) {
-  if constexpr (kOfRow == kWarp) {
-    return warp_sum(value);
-  } else {
-    __syncthreads();
-    return block_sum<kOfRow>(value, partial);
-  }
+  if constexpr (kOfRow == kWarp) return warp_sum(value);
+  __syncthreads();
+  return block_sum<kRowThreads>(value, partial);
 }
 
 template <typename T, bool kWide, int kOfRow>
@@ -342,7 +337,7 @@ at::Tensor swiglu_cuda(const at::Tensor& hidden_any, const std::optional<at::Ten
     const int64_t items = wide ? R * (F / kVector<scalar_t>) : R * F;
     const unsigned blocks = grid_of(ceil_div(items, kThreads * kAtOnce));
     const auto kernel = wide ? forward_kernel<scalar_t, kVector<scalar_t>> : forward_kernel<scalar_t, 1>;
-    kernel<<<blocks, kThreads, 0, stream>>>(in, pointer<acc_t>(probs), to, items, F, is_small(items));
+    kernel<<<blocks, kThreads, 0, stream>>>(in, pointer<acc_t>(probs), to, items, F, items <= kSmall);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out;
@@ -403,14 +398,10 @@ std::tuple<at::Tensor, at::Tensor> swiglu_quantize_cuda(
     using T = std::remove_const_t<std::remove_pointer_t<decltype(in)>>;
     quantize_kernel<T><<<blocks, kThreads, 0, stream>>>(
         in, scales_of(hidden_scales), pointer<float>(probs), static_cast<uint8_t*>(payload.mutable_data_ptr()),
-        scales.mutable_data_ptr<float>(), scales.stride(1), items, F, power_of_two, is_small(items));
+        scales.mutable_data_ptr<float>(), scales.stride(1), items, F, power_of_two, items <= kSmall);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
-  if (hidden_scales) {
-    launch(static_cast<const uint8_t*>(hidden.const_data_ptr()));
-  } else {
-    launch(hidden.const_data_ptr<at::BFloat16>());
-  }
+  hidden_scales ? launch(static_cast<const uint8_t*>(hidden.const_data_ptr())) : launch(hidden.const_data_ptr<at::BFloat16>());
   return {payload, scales};
 }
 
@@ -438,12 +429,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_ba
         recomputed.mutable_data_ptr<at::BFloat16>(), R, F, power_of_two);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
-  if (R == 0 || F == 0) {
+  if (payload.numel() == 0) {
     if (grad_probs) grad_probs->zero_();
-  } else if (hidden_scales) {
-    launch(static_cast<const uint8_t*>(hidden.const_data_ptr()));
   } else {
-    launch(hidden.const_data_ptr<at::BFloat16>());
+    hidden_scales ? launch(static_cast<const uint8_t*>(hidden.const_data_ptr())) : launch(hidden.const_data_ptr<at::BFloat16>());
   }
   return {grad_hidden, payload, scales, grad_probs_as(grad_probs, probs_any, hidden), recomputed};
 }

@@ -1,4 +1,4 @@
-"""MLA's two parts of ours in Megatron-Core's slots: core attention, and what comes before it: projections, latents, rotary positions.
+"""MLA's two parts of ours in Megatron-Core's slots: core attention, and the projections and rotary positions before it.
 
 With one context rank core attention is one call of torch's. With more, a rank holds two parts of every sequence
 (:mod:`r1mega.model.context`) and ``cp_comm_type``, Megatron's key, says how its queries meet all keys: ``all_gather``, where the
@@ -101,9 +101,8 @@ class LatentAttention(MLASelfAttention):
             if hasattr(self, name):
                 getattr(self, name).__class__ = cls
         if self.recompute_up_proj or config.apply_rope_fusion or config.rotary_interleaved:
-            raise ValueError(
-                "model.attention: recompute of mla_up_proj, apply_rope_fusion and rotary_interleaved are not there; got one; leave it out"
-            )
+            refused = "recompute of mla_up_proj, apply_rope_fusion and rotary_interleaved"
+            raise ValueError(f"model.attention: {refused} are not there; got one; leave it out")
 
     def get_query_key_value_tensors(
         self,
@@ -157,11 +156,9 @@ class LatentAttention(MLASelfAttention):
         context = (0, 1) if whole else (self.pg_collection.cp.rank(), self.pg_collection.cp.size())
         key = (length, *context, hidden_states.device, *(getattr(self.config, name) for name in ROTARY))
         if key not in _tables:
-            # what evaluation under inference mode makes here, training reads
-            with torch.inference_mode(False), torch.no_grad():
-                angles = self.rotary_pos_emb(
-                    length, packed_seq=whole
-                )  # Megatron cuts them by context rank but for packed sequences
+            with torch.inference_mode(False), torch.no_grad():  # what evaluation makes here, training reads
+                # Megatron cuts angles by context rank, but for packed sequences
+                angles = self.rotary_pos_emb(length, packed_seq=whole)
                 angles, mscale = angles if isinstance(angles, tuple) else (angles, 1.0)
                 angles = angles[:, 0, 0, : angles.shape[-1] // 2]  # the second half is the same
                 while len(_tables) >= MOST_TABLES:

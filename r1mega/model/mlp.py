@@ -74,5 +74,5 @@ class DenseSpec:
 
 
 def dense_spec(submodules: Any, groups: Any, ffn_size: int) -> DenseSpec:
-    """The slot ``mlp`` of a dense layer. ``submodules``: Megatron's ``MLPSubmodules``; ``groups``: its ``ProcessGroupCollection``."""
+    """The slot ``mlp`` of a dense layer. ``submodules``: Megatron's ``MLPSubmodules``; ``groups``: its process groups."""
     return DenseSpec(submodules, {"tp_group": groups.tp, "ffn_hidden_size": ffn_size})

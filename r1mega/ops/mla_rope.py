@@ -1,8 +1,8 @@
 """Op ``mla_rope``: rotary positions of multi-head latent attention, with the split and the concatenation around them, in one pass.
 
-DeepSeek-V2, arXiv 2405.04434, section 2.1.3: ``q = [q_nope; turn(q_rope)]``, ``k = [k_nope; turn(k_rope)]`` with one ``k_rope`` for all
-heads. ``turn`` takes pairs ``(x[2i], x[2i + 1])`` to ``(x[2i] cos_i - x[2i + 1] sin_i, x[2i + 1] cos_i + x[2i] sin_i)``, all first
-numbers before all second ones: how Megatron-Core and the published weights have it.
+DeepSeek-V2, arXiv 2405.04434, section 2.1.3: ``q = [q_nope; turn(q_rope)]``, ``k = [k_nope; turn(k_rope)]`` with one ``k_rope`` for
+all heads. ``turn`` takes pairs ``(x[2i], x[2i + 1])`` to ``(x[2i] cos_i - x[2i + 1] sin_i, x[2i + 1] cos_i + x[2i] sin_i)``, all
+first numbers before all second ones: how Megatron-Core and the published weights have it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def mla_rope(
     call of its own. ``cos`` and ``sin``: fp32 (fp64 with fp64), ``[S, rope / 2]``, of a place's angles, times YaRN's mscale where
     there is one: a number a pair, since both halves of Megatron's ``[S, rope]`` are the same.
 
-    Turned in fp32 (fp64 for fp64), each number rounded once; all else is copied. The gradient of ``shared_key`` is the fp32 sum over
-    the heads in one order, turned back and rounded once; ``cos`` and ``sin`` have none. The same input gives the same bits, forward
-    and backward.
+    Turned in fp32 (fp64 for fp64), each number rounded once; all else is copied. The gradient of ``shared_key`` is the fp32 sum
+    over the heads in one order, turned back and rounded once; ``cos`` and ``sin`` have none. The same input gives the same bits,
+    forward and backward.
     """
     return Turned(*MLA_ROPE.packet(query, key_value, shared_key, cos, sin, nope))
 

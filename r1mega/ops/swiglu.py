@@ -1,7 +1,7 @@
 """Op ``swiglu``, a gated FFN's activation with a row's probability, and its relatives that quantise to block-scaled E4M3.
 
-``out = silu(gate) * up * prob`` with ``silu(x) = x / (1 + e^-x)`` (arXiv 2002.05202); ``hidden`` holds the gate columns, then the up
-columns. The FP8 format is that of DeepSeek-V3 (arXiv 2412.19437, section 3.3): a scale for 128 numbers of a row.
+``out = silu(gate) * up * prob`` with ``silu(x) = x / (1 + e^-x)`` (arXiv 2002.05202); ``hidden`` holds the gate columns, then the
+up columns. The FP8 format is that of DeepSeek-V3 (arXiv 2412.19437, section 3.3): a scale for 128 numbers of a row.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def swiglu_quantize(
     """:func:`swiglu` in 1x128 blocks of E4M3, quantised from fp32: payload ``[R, F]`` and scales ``[R, F / 128]``.
 
     ``hidden_R2F``: bf16, or E4M3 with ``hidden_scales`` ``[R, 2F / 128]`` of any strides. ``F`` is a multiple of 128. Scales are
-    ``max(largest |x|, 2^-100) / 448``, rounded up to a power of two on request; their strides are ``(1, R rounded up to 4)`` and the
-    pad is 0. A row of probability 0 has a payload of 0. A block with a NaN or an infinity has a scale that is not finite. A payload
-    differs from plain torch's by one step at most, where a product lies at the edge of two. No gradient.
+    ``max(largest |x|, 2^-100) / 448``, rounded up to a power of two on request; their strides are ``(1, R rounded up to 4)`` and
+    the pad is 0. A row of probability 0 has a payload of 0. A block with a NaN or an infinity has a scale that is not finite. A
+    payload differs from plain torch's by one step at most, where a product lies at the edge of two. No gradient.
     """
     return Quantized(*SWIGLU_QUANTIZE.packet(hidden_R2F, hidden_scales, probs_R, power_of_two))
 
