@@ -1,9 +1,10 @@
 // out[i] += left[rows of i]^T right[rows of i] on Hopper: wgmma on bf16, sums in registers in fp32, one read and one write of `out`.
 //
 // A cluster of two blocks makes 2 x 128 x 256 numbers of one expert: both take the same columns of `right`, of which each loads half
-// and sends it to the other. In a block one thread keeps four stages of 64 batch rows full by the bulk copy engine, two warpgroups
-// multiply. Both operands lie with the batch rows outermost: wgmma reads them transposed, nothing is copied for that. A block's sums
-// take the batch rows in their order, so the same input gives the same bits.
+// and sends it to the other. In a block one thread keeps the stages of 64 batch rows full by the bulk copy engine, two warpgroups
+// multiply. Both operands lie with the batch rows outermost: wgmma reads them transposed, nothing is copied for that. The sums go
+// through shared memory to the copy engine, which adds them to `out` while the next tile is multiplied. A number of out is added to
+// once, and its sum takes the batch rows in their order, so the same input gives the same bits.
 
 #include "grouped.h"
 
@@ -21,7 +22,7 @@ namespace {
 constexpr int kTileN = 128;   // rows of out that a block makes: columns of left
 constexpr int kTileK = 256;   // columns of out that a block makes: columns of right
 constexpr int kDepth = 64;    // batch rows of a stage
-constexpr int kStages = 4;
+constexpr int kStages = 3;
 constexpr int kCluster = 2;
 constexpr int kAtom = 64;     // columns of a 128-byte swizzled piece: 64 bf16
 constexpr int kAtomBytes = kDepth * kAtom * 2;
@@ -30,7 +31,12 @@ constexpr int kRightBytes = kTileK / kAtom * kAtomBytes;
 constexpr int kStageBytes = kLeftBytes + kRightBytes;
 constexpr int kThreads = 384;  // a warpgroup that loads, two that multiply
 constexpr int kMultipliers = 2;
-constexpr int kSharedBytes = kStages * kStageBytes + 1024;  // and room to start at a multiple of 1024
+static_assert(kDepth == 64, "a box of the copy engine is 64 rows, of operands and of out");
+constexpr int kPiece = 32;        // columns of out in a 128-byte swizzled piece: 32 fp32
+constexpr int kPieceBytes = 64 * kPiece * 4;
+constexpr int kPiecesHeld = 4;    // pieces of a warpgroup's 64 x 256 sums that are on their way to out at once
+constexpr int kOutBytes = kMultipliers * kPiecesHeld * kPieceBytes;
+constexpr int kSharedBytes = kStages * kStageBytes + kOutBytes + 1024;  // and room to start at a multiple of 1024
 constexpr int kBand = 8;  // pairs of row tiles that are done together, so that what they share stays in the L2 cache
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -97,6 +103,13 @@ __device__ __forceinline__ void load_box_for_both(const CUtensorMap& map, uint64
       "[%2], %5;" ::"r"(shared_address(to)),
       "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row), "h"(static_cast<uint16_t>((1 << kCluster) - 1))
       : "memory");
+}
+
+// Adds a piece of 64 x kPiece sums in shared memory to out; what lies outside of out is left away.
+__device__ __forceinline__ void add_piece(const CUtensorMap& map, const uint8_t* from, int column, int row) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
+               "r"(shared_address(from)), "r"(column), "r"(row)
+               : "memory");
 }
 
 // What wgmma is told of a matrix in shared memory whose batch rows are outermost (MN-major), swizzled by 128 bytes: 1024 bytes from
@@ -174,8 +187,8 @@ struct Shape {
 };
 
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1) grouped_kernel(
-    const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right, const int32_t* __restrict__ ends,
-    float* __restrict__ out, Shape shape, int N, int K) {
+    const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right, const __grid_constant__ CUtensorMap out,
+    const int32_t* __restrict__ ends, Shape shape, int N) {
   extern __shared__ uint8_t raw[];
   __shared__ uint64_t full[kStages], empty[kStages];
   // the same offset in every block of the cluster: the swizzle repeats after 1024 bytes
@@ -256,30 +269,38 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1) 
       for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(sum[i])::"memory");
       if (threadIdx.x % 128 < kCluster) barrier_arrive_at(&empty[before], threadIdx.x % 128);
 
-      const int line = (tile.pair * kCluster + static_cast<int>(rank)) * kTileN + part * 64 + warp * 16 + lane / 4;
-      const int column = tile.column + lane % 4 * 2;
-      float* to = out + (static_cast<int64_t>(tile.expert) * N + line) * K + column;
-      constexpr int kAtOnce = 8;
+      // a warpgroup's 64 rows, kPiecesHeld pieces of columns at a time
+      const int line = tile.expert * N + (tile.pair * kCluster + static_cast<int>(rank)) * kTileN + part * 64;
+      uint8_t* held = stages + kStages * kStageBytes + part * kPiecesHeld * kPieceBytes;
+      const int own = warp * 16 + lane / 4;  // this thread's first row; the second is 8 further
 #pragma unroll
-      for (int start = 0; start < kTileK / 8; start += kAtOnce) {
-        float2 held[2 * kAtOnce];
+      for (int first = 0; first < kTileK / kPiece; first += kPiecesHeld) {
+        // what was held before has been read
+        if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+        asm volatile("bar.sync %0, 128;" ::"r"(2 + part) : "memory");
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          if (column + (start + j) * 8 >= K) continue;
-          held[2 * j] = __ldcs(reinterpret_cast<const float2*>(to + (start + j) * 8));
-          held[2 * j + 1] = __ldcs(reinterpret_cast<const float2*>(to + 8ll * K + (start + j) * 8));
+        for (int piece = 0; piece < kPiecesHeld; ++piece) {
+#pragma unroll
+          for (int j = 0; j < kPiece / 8; ++j) {
+            const int i = ((first + piece) * (kPiece / 8) + j) * 4;
+            // 16-byte parts of a row change places by the row's number, as the copy engine has them
+            const int place = (j * 2 + lane % 4 / 2) ^ (lane / 4), inside = place * 16 + lane % 2 * 8;
+            uint8_t* to = held + piece * kPieceBytes + own * 128 + inside;
+            *reinterpret_cast<float2*>(to) = float2{sum[i], sum[i + 1]};
+            *reinterpret_cast<float2*>(to + 8 * 128) = float2{sum[i + 2], sum[i + 3]};
+          }
         }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        asm volatile("bar.sync %0, 128;" ::"r"(2 + part) : "memory");
+        if (threadIdx.x % 128 == 0) {
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          if (column + (start + j) * 8 >= K) continue;
-          const int i = (start + j) * 4;
-          held[2 * j].x += sum[i], held[2 * j].y += sum[i + 1];
-          held[2 * j + 1].x += sum[i + 2], held[2 * j + 1].y += sum[i + 3];
-          __stcs(reinterpret_cast<float2*>(to + (start + j) * 8), held[2 * j]);
-          __stcs(reinterpret_cast<float2*>(to + 8ll * K + (start + j) * 8), held[2 * j + 1]);
+          for (int piece = 0; piece < kPiecesHeld; ++piece)
+            add_piece(out, held + piece * kPieceBytes, tile.column + (first + piece) * kPiece, line);
+          asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
       }
     }
+    if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
   cluster_sync();  // a block that has left could still be sent to
 }
@@ -299,14 +320,15 @@ Encode encoder() {
   return found;
 }
 
-CUtensorMap map_of(const at::Tensor& matrix) {
+CUtensorMap map_of(const at::Tensor& matrix, int64_t rows, int64_t columns, cuuint32_t box_columns) {
   CUtensorMap map;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.size(1)), static_cast<cuuint64_t>(matrix.size(0))};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(matrix.size(1)) * 2};
-  const cuuint32_t box[] = {kAtom, kDepth}, steps[] = {1, 1};
+  const bool wide = matrix.scalar_type() == at::kFloat;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(columns) * (wide ? 4 : 2)};
+  const cuuint32_t box[] = {box_columns, 64}, steps[] = {1, 1};
   const CUresult result = encoder()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, matrix.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, wide ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, matrix.data_ptr(), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   TORCH_CHECK(result == CUDA_SUCCESS, "accumulate_grouped_: expected a matrix that the copy engine takes, got ", matrix.sizes());
   return map;
 }
@@ -326,6 +348,7 @@ bool fits_wgmma(const at::Tensor& out, const at::Tensor& left, const at::Tensor&
   };
   const c10::cuda::CUDAGuard guard(out.device());
   return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 && aligned(left) && aligned(right) && out.is_contiguous() &&
+      reinterpret_cast<uintptr_t>(out.data_ptr()) % 16 == 0 && out.size(0) * out.size(1) < (int64_t{1} << 31) &&
       left.size(1) % (kTileN * kCluster) == 0 && left.size(0) > 0 && left.size(0) < (int64_t{1} << 31) && right.size(1) > 0;
 }
 
@@ -340,8 +363,8 @@ void accumulate_grouped_wgmma(const at::Tensor& out, const at::Tensor& left, con
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(pairs, most) * kCluster);
   if (blocks == 0) return;
   grouped_kernel<<<blocks, kThreads, kSharedBytes, c10::cuda::getCurrentCUDAStream()>>>(
-      map_of(left), map_of(right), ends.const_data_ptr<int32_t>(), out.mutable_data_ptr<float>(), shape, static_cast<int>(N),
-      static_cast<int>(K));
+      map_of(left, left.size(0), N, kAtom), map_of(right, right.size(0), K, kAtom),
+      map_of(out, out.size(0) * N, K, kPiece), ends.const_data_ptr<int32_t>(), shape, static_cast<int>(N));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -92,7 +92,13 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Arguments<T> a)
     const T* from = a.other + s * a.of_other.sequence + b * a.of_other.batch;
     for (int i = threadIdx.x; i < pairs; i += kThreads) {
       const int at = i * A::kPairs;
-      turned(load_as<typename A::Pairs>(from + 2 * at), cos + at, sin + at, turned_key + at, turned_key + half + at);
+      typename A::Pairs held;
+      if constexpr (kWide) {
+        held = load_as<typename A::Pairs>(from + 2 * at);
+      } else {  // a pair need not start at an even number
+        held.value[0] = from[2 * at], held.value[1] = from[2 * at + 1];
+      }
+      turned(held, cos + at, sin + at, turned_key + at, turned_key + half + at);
     }
   }
   {
