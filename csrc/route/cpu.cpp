@@ -1,8 +1,8 @@
 // route and route_backward on a CPU. The contract: r1mega/ops/route.py.
 //
-// Scores come from torch's vectorised sigmoid and softmax, so that a choice within rounding of a tie is the reference's too; the rest
-// is one pass over the tokens. A token's experts are taken one by one, each the largest of integers that order as the scores do: loops
-// without branches, of as many numbers at once as the processor has.
+// Scores come from torch's vectorised sigmoid and softmax, so that a choice within rounding of a tie is the reference's too; the
+// rest is one pass over the tokens. A token's experts are taken one by one, each the largest of integers that order as the scores do:
+// loops without branches, of as many numbers at once as the processor has.
 
 #include "op.h"
 
@@ -47,8 +47,12 @@ R1MEGA_INLINE int64_t to_key(double score) {
   const int64_t bits = c10::bit_cast<int64_t>(score + 0.0);
   return score != score ? std::numeric_limits<int64_t>::max() : bits ^ ((bits >> 63) & std::numeric_limits<int64_t>::max());
 }
-R1MEGA_INLINE float to_score(int32_t key) { return c10::bit_cast<float>(key ^ ((key >> 31) & std::numeric_limits<int32_t>::max())); }
-R1MEGA_INLINE double to_score(int64_t key) { return c10::bit_cast<double>(key ^ ((key >> 63) & std::numeric_limits<int64_t>::max())); }
+R1MEGA_INLINE float to_score(int32_t key) {
+  return c10::bit_cast<float>(key ^ ((key >> 31) & std::numeric_limits<int32_t>::max()));
+}
+R1MEGA_INLINE double to_score(int64_t key) {
+  return c10::bit_cast<double>(key ^ ((key >> 63) & std::numeric_limits<int64_t>::max()));
+}
 
 // Takes the best key out of `key` and returns its place: of equal ones, the first.
 template <typename Key>
@@ -95,7 +99,8 @@ struct Room {
 // A token's experts, best first, into room.expert. `choice`: what experts are compared by, but for the bias; `of_group`: what their
 // groups are.
 template <typename T, typename Key>
-R1MEGA_INLINE void choose(const RouteSizes& sizes, int32_t top_k, const T* choice, const T* of_group, const T* bias, Room<T, Key>& room) {
+R1MEGA_INLINE void choose(
+    const RouteSizes& sizes, int32_t top_k, const T* choice, const T* of_group, const T* bias, Room<T, Key>& room) {
   const auto E = static_cast<int32_t>(sizes.experts), G = static_cast<int32_t>(sizes.groups);
   const auto size = static_cast<int32_t>(sizes.group_size), kept = static_cast<int32_t>(sizes.kept);
   Key *key = room.key.data(), *open = room.open.data(), *group = room.group.data();

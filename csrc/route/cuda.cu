@@ -1,9 +1,9 @@
 // route and route_backward on Hopper: a warp a token, its scores in registers. The contract: r1mega/ops/route.py.
 //
 // Lanes are dealt to groups: L lanes (a power of two) hold one group, kOwn neighbouring experts each, so that lane order is the order
-// of the experts and of the groups. A group's score is a butterfly over L lanes; the best expert of all is one redux over the warp, and
-// the lowest lane that has it is the lowest expert. Counts are gathered in shared memory, then by integer atomics, whose order does not
-// matter; the last block to finish sums them up to the offsets.
+// of the experts and of the groups. A group's score is a butterfly over L lanes; the best expert of all is one redux over the warp,
+// and the lowest lane that has it is the lowest expert. Counts are gathered in shared memory, then by integer atomics, whose order
+// does not matter; the last block to finish sums them up to the offsets.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -37,23 +37,6 @@ struct RouteArgs {
   float scale;
 };
 
-template <typename T>
-__device__ __forceinline__ float to_float(T value) {
-  return static_cast<float>(value);
-}
-template <>
-__device__ __forceinline__ float to_float<__nv_bfloat16>(__nv_bfloat16 value) {
-  return __bfloat162float(value);
-}
-template <typename T>
-__device__ __forceinline__ T from_float(float value) {
-  return static_cast<T>(value);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
-  return __float2bfloat16_rn(value);
-}
-
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // The numbers that fit one access of at most 16 bytes, of kOwn neighbours.
@@ -72,12 +55,12 @@ __device__ __forceinline__ void load_own(const T* from, int held, bool vector, f
     for (int j = 0; j < kOwn; j += kStep) {
       const auto part = *reinterpret_cast<const Vector<T, kStep>*>(from + j);
 #pragma unroll
-      for (int i = 0; i < kStep; ++i) value[j + i] = to_float(part.value[i]);
+      for (int i = 0; i < kStep; ++i) value[j + i] = static_cast<float>(part.value[i]);
     }
   } else {
 #pragma unroll
     for (int j = 0; j < kOwn; ++j)
-      if (j < held) value[j] = to_float(from[j]);
+      if (j < held) value[j] = static_cast<float>(from[j]);
   }
 }
 
@@ -253,7 +236,7 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteArgs args) {
       factor = args.scale / (warp_sum(sum) + 1e-20f);
     }
     store_own<T, kOwn>(static_cast<T*>(args.probs) + at, held, args.vector, [&](int j) {
-      return from_float<T>((chosen >> j) & 1 ? value[j] * factor : 0.0f);
+      return static_cast<T>((chosen >> j) & 1 ? value[j] * factor : 0.0f);
     });
     store_own<bool, kOwn>(args.map + at, held, args.vector, [&](int j) { return static_cast<bool>((chosen >> j) & 1); });
     for (Mask<kOwn> left = chosen; left != 0; left &= left - 1) {
@@ -315,8 +298,8 @@ __global__ void __launch_bounds__(kThreads) route_backward_kernel(const GradArgs
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
       const bool chosen = mask[j] != 0.0f;
-      grad[j] = chosen ? to_float(grads[j]) * args.scale : 0.0f;
-      if (!all) value[j] = chosen ? to_float(logits[j]) : 0.0f;
+      grad[j] = chosen ? static_cast<float>(grads[j]) * args.scale : 0.0f;
+      if (!all) value[j] = chosen ? static_cast<float>(logits[j]) : 0.0f;
       if (all ? j < held : chosen) most = fmaxf(most, value[j]);
     }
     const bool sigmoids = args.score == Score::kSigmoid;
@@ -332,11 +315,11 @@ __global__ void __launch_bounds__(kThreads) route_backward_kernel(const GradArgs
     for (int j = 0; j < kOwn; ++j) dot += mask[j] != 0.0f ? grad[j] * (value[j] * inverse) : 0.0f;
     dot = warp_sum(dot);
     store_own<T, kOwn>(static_cast<T*>(args.out) + at, held, args.vector, [&](int j) {
-      if (all) return from_float<T>((grad[j] - dot) * (value[j] * inverse));
-      if (mask[j] == 0.0f) return from_float<T>(0.0f);
-      if (!sigmoids) return from_float<T>((grad[j] - dot) * (value[j] * inverse));
+      if (all) return static_cast<T>((grad[j] - dot) * (value[j] * inverse));
+      if (mask[j] == 0.0f) return static_cast<T>(0.0f);
+      if (!sigmoids) return static_cast<T>((grad[j] - dot) * (value[j] * inverse));
       const float of_score = args.top_k > 1 ? (grad[j] - dot) * inverse : grad[j];
-      return from_float<T>(of_score * (1.0f - value[j]) * value[j]);
+      return static_cast<T>(of_score * (1.0f - value[j]) * value[j]);
     });
   }
 }
@@ -366,8 +349,7 @@ void with_types(at::ScalarType type, int64_t own, Run run) {
   sized(__nv_bfloat16{});
 }
 
-// Whether lanes of `own` experts in rows of E, in groups of `size`, are full or empty and can be moved 16 bytes at a time.
-template <typename T>
+// Whether lanes of `own` experts are full or empty in groups of `size`, and can be moved 16 bytes at a time.
 bool moves_whole(int own, int64_t size, std::initializer_list<const void*> tensors) {
   if (size % own != 0) return false;
   for (const void* tensor : tensors)
@@ -383,8 +365,8 @@ unsigned num_blocks(int64_t tokens) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_cuda(
-    const at::Tensor& logits_any, const std::optional<at::Tensor>& bias_any, int64_t top_k, int64_t num_groups, int64_t topk_groups,
-    std::string_view score_function, double scale) {
+    const at::Tensor& logits_any, const std::optional<at::Tensor>& bias_any, int64_t top_k, int64_t num_groups,
+    int64_t topk_groups, std::string_view score_function, double scale) {
   const RouteSizes sizes = check_route(logits_any, bias_any, top_k, num_groups, topk_groups, score_function);
   check_device("route", logits_any, top_k, sizes.groups);
   const c10::cuda::CUDAGuard guard(logits_any.device());
@@ -420,7 +402,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_cuda(
   args.score = sizes.score;
   args.scale = static_cast<float>(scale);
   with_types(logits.scalar_type(), ceil_div(sizes.group_size, lanes), [&]<typename N, int kOwn>() {
-    args.vector = moves_whole<N>(kOwn, sizes.group_size, {args.logits, args.probs, args.map});
+    args.vector = moves_whole(kOwn, sizes.group_size, {args.logits, args.probs, args.map});
     route_kernel<N, kOwn><<<num_blocks(T), kThreads, 0, stream>>>(args);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
@@ -449,7 +431,7 @@ at::Tensor route_backward_cuda(
   args.score = score;
   args.scale = static_cast<float>(scale);
   with_types(logits.scalar_type(), ceil_div(E, kWarp), [&]<typename N, int kOwn>() {
-    args.vector = moves_whole<N>(kOwn, E, {args.logits, args.map, args.out});
+    args.vector = moves_whole(kOwn, E, {args.logits, args.map, args.out});
     route_backward_kernel<N, kOwn><<<num_blocks(T), kThreads, 0, stream>>>(args);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

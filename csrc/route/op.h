@@ -59,14 +59,15 @@ inline RouteSizes check_route(
   TORCH_CHECK_VALUE(num_groups >= 0, "route: expected num_groups of at least 0, got ", num_groups);
   if (num_groups <= 1) return sizes;
   TORCH_CHECK_VALUE(
-      sizes.experts % num_groups == 0, "route: expected num_groups that divides the experts, ", sizes.experts, ", got ", num_groups);
+      sizes.experts % num_groups == 0, "route: expected num_groups that divides the experts, ", sizes.experts, ", got ",
+      num_groups);
   TORCH_CHECK_VALUE(
       topk_groups >= 1 && topk_groups <= num_groups, "route: expected topk_groups from 1 to num_groups, ", num_groups, ", got ",
       topk_groups);
   sizes.groups = num_groups, sizes.kept = topk_groups, sizes.group_size = sizes.experts / num_groups;
   TORCH_CHECK_VALUE(
-      top_k >= topk_groups && top_k <= topk_groups * sizes.group_size, "route: expected a top_k from topk_groups to their experts, ",
-      topk_groups, " to ", topk_groups * sizes.group_size, ", got ", top_k);
+      top_k >= topk_groups && top_k <= topk_groups * sizes.group_size,
+      "route: expected a top_k from topk_groups to their experts, ", topk_groups, " to ", topk_groups * sizes.group_size, ", got ", top_k);
   sizes.group_best = top_k / topk_groups;
   return sizes;
 }
@@ -78,8 +79,8 @@ inline Score check_route_backward(
   TORCH_CHECK_VALUE(
       grad_probs.sizes() == logits.sizes() && grad_probs.scalar_type() == logits.scalar_type() &&
           grad_probs.device() == logits.device(),
-      "route_backward: expected grad_probs like logits, ", logits.sizes(), " of ", logits.scalar_type(), ", got ", grad_probs.sizes(),
-      " of ", grad_probs.scalar_type());
+      "route_backward: expected grad_probs like logits, ", logits.sizes(), " of ", logits.scalar_type(), ", got ",
+      grad_probs.sizes(), " of ", grad_probs.scalar_type());
   TORCH_CHECK_VALUE(
       routing_map.sizes() == logits.sizes() && routing_map.scalar_type() == at::kBool && routing_map.device() == logits.device(),
       "route_backward: expected routing_map of bool, ", logits.sizes(), ", got ", routing_map.sizes(), " of ",

@@ -1,5 +1,4 @@
-"""The router of a MoE layer: Megatron's ``TopKRouter`` with the op ``route`` for its choice; gate, balance losses, state are its
-own.
+"""The router of a MoE layer: Megatron's ``TopKRouter`` with the op ``route`` for its choice; gate, losses and state are its own.
 
 Logits ``[S, B, E]`` in, probabilities and map ``[S * B, E]`` out. Refuses the options in :data:`REFUSED` and Sinkhorn, which the op
 does not have.

@@ -1,5 +1,4 @@
-"""Benchmarks of ``route`` and ``route_backward``: DeepSeek-V3's and V2's routers at 8,192 tokens, and the small ones that a CPU
-trains."""
+"""Benchmarks of ``route`` and ``route_backward``: DeepSeek-V3's and V2's routers at 8,192 tokens, and small ones of a CPU."""
 
 from __future__ import annotations
 
