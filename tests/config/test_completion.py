@@ -48,7 +48,7 @@ def test_keys_come_a_section_at_a_time() -> None:
 
 def test_values_are_options_names_booleans_and_defaults() -> None:
     assert words("pretrain model=") == [
-        f"model={name}" for name in ("deepseek_v2_lite", "deepseek_v3", "moonlight_16b", "small", "tiny")
+        f"model={name}" for name in ("deepseek_v2_lite", "deepseek_v3", "deepseek_v3_slice", "moonlight_16b", "small", "tiny")
     ]
     assert words("rl adv") == ["advantage=", "advantage."] and words("rl advantage=") == ["advantage=grpo"]
     assert words("recipe recipe=q") == ["recipe=quickstart"]
