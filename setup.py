@@ -61,7 +61,7 @@ def plan(torch_version: str, cuda: str | None, nvcc: str | None, environ) -> Pla
     record = f"torch={torch_version} cuda={cuda if wanted else ''} arch={','.join(wanted)} debug={debug}"
     return Plan(
         wanted,
-        [*flags, "-std=c++20"],
+        [*flags, "-std=c++20", "-fopenmp", "-ffp-contract=off"],
         [
             *([*flags, "-G"] if debug == "1" else [*flags, "-lineinfo"]),
             *["-std=c++20", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-diag-suppress", "20012", *OPERATORS],

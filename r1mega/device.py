@@ -5,6 +5,7 @@ Its state is the choice.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -203,6 +204,16 @@ def open_device(config: DeviceConfig) -> Device:
     torch.set_num_threads(threads)
     _chosen = Device("cpu", torch.device("cpu"), "gloo")
     return _chosen
+
+
+def attention_kernels(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, torch's attention asks the fastest kernel first that takes queries wider than values: on a GPU cuDNN's."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
 
 
 def _set_determinism(wanted: bool) -> None:

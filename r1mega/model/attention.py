@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
+from r1mega.device import attention_kernels
 from r1mega.model.context import ContextPart
 from r1mega.model.part_attention import gathered_attention, ring_attention
 from r1mega.ops.mla_rope import mla_rope
@@ -72,14 +73,15 @@ class CoreAttention(MegatronModule):
         value_dim = value.shape[-1]
         if value.device.type == "cpu":  # torch's fused kernel for the CPU wants one width; without it the scores are materialised
             value = F.pad(value, (0, max(0, query.shape[-1] - value_dim)))
-        out_BHSv = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None,
-            scale=self.softmax_scale,
-        )[..., :value_dim]
+        with attention_kernels(query.device):
+            out_BHSv = F.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                attn_mask=attention_mask,
+                is_causal=attention_mask is None,
+                scale=self.softmax_scale,
+            )[..., :value_dim]
         return out_BHSv.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 

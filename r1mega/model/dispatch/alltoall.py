@@ -32,12 +32,13 @@ class AllToAllDispatcher:
 
     def __init__(self, ranks: ExpertRanks):
         self.ranks = ranks
+        self.is_local = ranks.expert.size == ranks.expert_tensor.size == 1
 
     def dispatch(self, hidden_TD: torch.Tensor, probs_TE: torch.Tensor, routing_map_TE: torch.Tensor) -> Dispatched:
         """See :class:`r1mega.model.dispatch.contract.Dispatcher`."""
         ranks = self.ranks
         own = permute(hidden_TD, probs_TE, routing_map_TE, ranks.top_k)
-        if ranks.expert.size == ranks.expert_tensor.size == 1:
+        if self.is_local:
             return Dispatched(own.rows_RD, own.counts_E, own.probs_R, _Route(own.row_map, [], [], [], None))
         out = own.counts_E.view(ranks.expert.size, ranks.num_local_experts)
         into = exchange_counts(out, ranks.expert)

@@ -58,7 +58,11 @@ class Dispatched:
 
 
 class Dispatcher(Protocol):
-    """Both ways are differentiable: in ``hidden_TD`` and ``probs_TE``, and in ``rows_RD``. All ranks of both axes call together."""
+    """Both ways are differentiable: in ``hidden_TD`` and ``probs_TE``, and in ``rows_RD``. All ranks of both axes call together.
+
+    A dispatcher may have an attribute ``is_local``: True says that its ranks have all experts, so that the layer may leave both
+    ways out and hand the experts tokens (experts in FP8 quantise them on the way to their rows).
+    """
 
     def dispatch(self, hidden_TD: torch.Tensor, probs_TE: torch.Tensor, routing_map_TE: torch.Tensor) -> Dispatched:
         """This rank's tokens out, rows for its experts in. ``routing_map_TE``: bool, True where token t goes to expert e.

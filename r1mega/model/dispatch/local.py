@@ -11,6 +11,8 @@ from r1mega.ops.permute import RowMap, permute, unpermute
 class LocalDispatcher:
     """All experts are here; with ``top_k`` known, nothing waits for the device."""
 
+    is_local = True
+
     def __init__(self, ranks: ExpertRanks):
         self.top_k = ranks.top_k
 

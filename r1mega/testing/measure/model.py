@@ -45,6 +45,8 @@ def _alone(config: BenchConfig, device: Device) -> Iterator[Mesh]:
 def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[str, Any], float]:
     """Forward and backward of one MoE layer, shared experts included, all experts here; and its operations."""
     from r1mega.model.build import build_stages, transformer_config
+    from r1mega.model.fp8.use import use_products
+    from r1mega.model.fp8.weights import kept_weights
 
     model = replace(config.model, num_layers=1, first_k_dense=0, num_mtp_layers=0, vocab_size=256, vocab_padding=0)
     dtype = DTYPES[config.precision.dtype]
@@ -53,6 +55,9 @@ def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[st
         dispatcher = registry.lookup("dispatcher", "local")()
         (stage,) = build_stages(model, built, mesh.megatron_groups(), dispatcher=dispatcher)
         layer = stage.to(device.torch_device).train().decoder.layers[0].mlp
+        use_products([layer], config.precision, model, ParallelConfig())
+        for weight in layer.parameters():  # gradients are summed in fp32, as in a training
+            weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
         del stage
         draw = torch.Generator(device.torch_device).manual_seed(config.seed)
         shape = (config.tokens, 1, model.hidden_size)
@@ -63,11 +68,12 @@ def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[st
             device.synchronize()
             device.reset_peak_bytes()
             begin = device.mark()
-            output, _ = layer(hidden)
-            middle = device.mark()
-            peaks["forward"] = max(peaks["forward"], device.peak_bytes())
-            device.reset_peak_bytes()
-            output.backward(grad)
+            with kept_weights():
+                output, _ = layer(hidden)
+                middle = device.mark()
+                peaks["forward"] = max(peaks["forward"], device.peak_bytes())
+                device.reset_peak_bytes()
+                output.backward(grad)
             end = device.mark()
             peaks["backward"] = max(peaks["backward"], device.peak_bytes())
             if number >= config.warmup:
@@ -86,7 +92,7 @@ def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[st
         "hidden": model.hidden_size,
         "ffn": model.moe_ffn_size,
         "top_k": model.top_k,
-        "precision": config.precision.dtype,
+        "precision": _formats(config),
         "forward_ms": round(forward, 3),
         "backward_ms": round(backward, 3),
         "forward_backward_ms": round(both, 3),
@@ -97,6 +103,10 @@ def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[st
         "peak_backward_gib": round(peaks["backward"] / GIB, 2),
     }
     return numbers, flops
+
+
+def _formats(config: BenchConfig) -> str:
+    return config.precision.dtype if config.precision.products == "plain" else config.precision.products
 
 
 def training_step(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[str, Any], float]:
@@ -111,7 +121,7 @@ def training_step(config: BenchConfig, device: Device, rounds: int) -> tuple[dic
     optim = OptimConfig(lr=1e-4, min_lr=1e-4, warmup_steps=0, decay="constant")
     passes, steps, marks = [], [], []
     with _alone(config, device) as mesh:
-        trainee = Trainee(model, optim, mesh, config.precision.dtype, dispatcher=registry.lookup("dispatcher", "local")())
+        trainee = Trainee(model, optim, mesh, config.precision, dispatcher=registry.lookup("dispatcher", "local")())
         update = trainee.optimizer.step
 
         def marked_update() -> Any:
@@ -142,7 +152,7 @@ def training_step(config: BenchConfig, device: Device, rounds: int) -> tuple[dic
     numbers = {
         "layers": model.num_layers,
         "experts": model.num_experts,
-        "precision": config.precision.dtype,
+        "precision": _formats(config),
         "forward_backward_ms": round(pass_ms, 1),
         "step_ms": round(step_ms, 1),
         "tokens_per_second": round(tokens / pass_ms * 1e3),
