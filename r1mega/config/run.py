@@ -99,7 +99,7 @@ class ParallelConfig:
 
 @dataclass
 class PrecisionConfig:
-    """Number formats of parameters and activations; master weights and gradients are fp32, moments too but for optim.moment_dtype."""
+    """Number formats of parameters and activations; master weights and gradients are fp32, moments as optim.moment_dtype says."""
 
     dtype: str = knob("fp32", "format of parameters and activations", "name", **one_of("fp32", "bf16"))
 

@@ -35,16 +35,17 @@ def adamw_(
 
     The tensors of a list have one dtype: ``params`` float32 (master weights) or bfloat16, ``grads`` float32 or bfloat16, both
     moments float32 or both bfloat16. All of a parameter's tensors have as many numbers and are contiguous, gradients excepted;
-    shapes may differ from tensor to tensor, any may be empty. ``copies``: none, or a bfloat16 tensor a parameter, which gets the new
-    parameter. ``grad_scale``: what gradients are multiplied by first (None: nothing).
+    shapes may differ from tensor to tensor, any may be empty. ``copies``: none, or a bfloat16 tensor a parameter, which gets the
+    new parameter. ``grad_scale``: what gradients are multiplied by first (None: nothing).
 
     ``step``: t, one number of float32 or int64, 1 at the first step, the same for all tensors. On a CPU it is read at the call; on
     the parameters' own device it is read by the kernel, so that a captured CUDA graph may be replayed with another step. Nothing
     waits for the device.
 
     Everything is computed in fp32, each operation rounded by itself in the order of the formula (the bias corrections in fp64, then
-    rounded), and each number that is stored is rounded once more where its tensor is bf16: p is computed from the new moments as they
-    are before that. All devices give the same bits. Infinity and NaN in a gradient reach its own number's p, m and v.
+    rounded), and each number that is stored is rounded once more where its tensor is bf16: p is computed from the new moments as
+    they are before that. All devices give the same bits, but for those of NaN. Infinity and NaN in a gradient reach its own
+    number's p, m and v.
     """
     ADAMW.packet(
         list(params),

@@ -1,7 +1,7 @@
 """Ops ``token_logprobs`` and its backward: a token's log-probability and the entropy, without the logits of the whole vocabulary.
 
-With ``z = weight hidden``: ``logprob = z[target] - log sum_j e^z[j]`` and ``entropy = -sum_j p[j] log p[j]``, ``p = softmax(z)``. The
-logits are made a piece of the vocabulary at a time and folded into each token's sums; the backward makes them again.
+With ``z = weight hidden``: ``logprob = z[target] - log sum_j e^z[j]`` and ``entropy = -sum_j p[j] log p[j]``, ``p = softmax(z)``.
+The logits are made a piece of the vocabulary at a time and folded into each token's sums; the backward makes them again.
 """
 
 from __future__ import annotations
