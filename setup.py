@@ -61,7 +61,9 @@ def plan(torch_version: str, cuda: str | None, nvcc: str | None, environ) -> Pla
     record = f"torch={torch_version} cuda={cuda if wanted else ''} arch={','.join(wanted)} debug={debug}"
     return Plan(
         wanted,
-        [*flags, "-std=c++20", "-fopenmp", "-ffp-contract=off"],
+        # loops with sqrt or a choice between two floats are vectorised where neither errno nor traps have to be right; products and
+        # sums are not fused, so that every processor gives the same bits
+        [*flags, "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"],
         [
             *([*flags, "-G"] if debug == "1" else [*flags, "-lineinfo"]),
             *["-std=c++20", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-diag-suppress", "20012", *OPERATORS],

@@ -44,7 +44,8 @@ def adamw_(
 
     Everything is computed in fp32, each operation rounded by itself in the order of the formula (the bias corrections in fp64, then
     rounded), and each number that is stored is rounded once more where its tensor is bf16: p is computed from the new moments as
-    they are before that. All devices give the same bits. Infinity and NaN in a gradient reach its own number's p, m and v.
+    they are before that. All devices give the same bits, but for those of NaN. Infinity and NaN in a gradient reach its own
+    number's p, m and v.
     """
     ADAMW.packet(
         list(params),

@@ -51,7 +51,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _reference(hidden, weight, targets, num_tokens):
     wide = _wide(hidden.dtype)
-    logits = hidden.to(wide).mm(weight[:num_tokens].to(wide).t())
+    logits = hidden.mm(weight[:num_tokens].t()).to(wide)  # as plain torch has them: of bf16 operands rounded to bf16
     log_sum = torch.logsumexp(logits, dim=-1)
     logp = torch.log_softmax(logits, dim=-1)
     logprobs = logp.gather(1, targets.unsqueeze(1)).squeeze(1)
@@ -78,15 +78,15 @@ def _backward(ctx, grad_logprobs, grad_entropy, _grad_log_sum):
 
 
 def _backward_reference(grad_logprobs, grad_entropy, hidden, weight, targets, log_sum, entropy, num_tokens):
-    wide = _wide(hidden.dtype)
-    wide_hidden, wide_weight = hidden.to(wide), weight[:num_tokens].to(wide)
-    logp = wide_hidden.mm(wide_weight.t()) - log_sum.unsqueeze(1)
+    used = weight[:num_tokens]
+    logp = hidden.mm(used.t()).to(_wide(hidden.dtype)) - log_sum.unsqueeze(1)
     grads = grad_logprobs.unsqueeze(1) + grad_entropy.unsqueeze(1) * (logp.clamp(min=-1000.0) + entropy.unsqueeze(1))
     grads = -logp.exp() * grads
     grads.scatter_add_(1, targets.unsqueeze(1), grad_logprobs.unsqueeze(1))
     grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    grad_weight[:num_tokens] = grads.t().mm(wide_hidden)
-    return grads.mm(wide_weight).to(hidden.dtype), grad_weight
+    grads = grads.to(hidden.dtype)
+    grad_weight[:num_tokens] = grads.t().mm(hidden)
+    return grads.mm(used), grad_weight
 
 
 def _backward_fake(grad_logprobs, grad_entropy, hidden, weight, targets, log_sum, entropy, num_tokens):
@@ -113,7 +113,8 @@ def _backward_case(*sizes: int, **how):
     def make(dtype, device):
         hidden, weight, targets, num_tokens = _case(*sizes, **how)(dtype, device)
         with torch.no_grad():
-            _, entropy, log_sum = _reference(hidden, weight, targets, num_tokens)
+            wide = _wide(hidden.dtype)
+            _, entropy, log_sum = _reference(hidden.to(wide), weight.to(wide), targets, num_tokens)
         draw = torch.Generator().manual_seed(3)
         grads = (torch.randn(len(hidden), generator=draw).to(device, log_sum.dtype) for _ in range(2))
         return *grads, hidden, weight, targets, log_sum, entropy, num_tokens

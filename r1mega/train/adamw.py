@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from r1mega.config.errors import UserError
 from r1mega.ops.adamw import adamw_
 
 
@@ -80,14 +81,16 @@ class AdamW(torch.optim.AdamW):
 def use_moments(optimizer: Any, moment_dtype: torch.dtype) -> None:
     """Let a Megatron optimizer, or each of a chain, step as our :class:`AdamW` in the place of torch's; before its first step.
 
-    The object stays the same one: Megatron holds it, its groups and their weights in several places.
+    The object stays the same one: Megatron holds it, its groups and their weights in several places. Raises UserError for another
+    optimizer inside (Transformer Engine's, Apex's).
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
         if inner is None:  # a rank without weights of this kind
             continue
         if type(inner) is not torch.optim.AdamW or inner.state:
-            raise ValueError(
-                f"AdamW: expected torch's before its first step, got {type(inner).__name__} with {len(inner.state)} states"
+            raise UserError(
+                f"optim.moment_dtype: bf16 needs torch's AdamW inside Megatron's optimizer, before its first step; got "
+                f"{type(inner).__name__} with {len(inner.state)} states; use optim.moment_dtype=fp32"
             )
         inner.__class__, inner.moment_dtype = AdamW, moment_dtype

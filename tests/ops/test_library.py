@@ -39,7 +39,7 @@ def test_without_a_gpu_build_of_torch_or_without_nvcc_the_kernels_are_the_cpus(s
     for cuda, nvcc in ((None, "/usr/local/cuda/bin/nvcc"), ("13.0", None), (None, None)):
         made = setup.plan("2.13.0+cpu", cuda, nvcc, {})
         assert made.architectures == () and not any("gencode" in flag for flag in made.nvcc)
-        assert made.cxx == ["-O3", "-std=c++20"] and made.record == "torch=2.13.0+cpu cuda= arch= debug=0"
+        assert made.cxx[:2] == ["-O3", "-std=c++20"] and made.record == "torch=2.13.0+cpu cuda= arch= debug=0"
 
 
 def test_a_gpu_build_names_its_architectures(setup) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from r1mega.config.errors import UserError
 from r1mega.config.run import ParallelConfig
 from r1mega.mesh import close_mesh
 from r1mega.testing.ranks import run_ranks
 from r1mega.train import checkpoint, fit
-from r1mega.train.adamw import AdamW
+from r1mega.train.adamw import AdamW, use_moments
 from r1mega.train.pretrain import pretrain
 from r1mega.train.trainee import Trainee
 from tests.train.cases import MODEL, OPTIM, lines, one_rank, pretrain_config, stored
@@ -108,6 +110,13 @@ def test_a_checkpoint_of_fp32_moments_is_rounded_once(seed_run: Path) -> None:
                 pairs += 1
             assert ours["step"] == theirs["step"] == 1
     assert pairs > 10
+
+
+def test_another_optimizer_inside_is_refused() -> None:
+    inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1e-3)
+    with pytest.raises(UserError, match="got SGD with 0 states; use optim.moment_dtype=fp32"):
+        use_moments(SimpleNamespace(optimizer=inner), torch.bfloat16)
+    use_moments(SimpleNamespace(optimizer=None), torch.bfloat16)  # a rank without weights
 
 
 def test_variants_of_torch_are_refused() -> None:

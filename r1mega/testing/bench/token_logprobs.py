@@ -57,12 +57,11 @@ def _benches(T: int, D: int, V: int) -> Iterator[Bench]:
         )
 
 
-def peak_bytes(T: int = 8192, D: int = 7168, V: int = 129280) -> dict[str, int]:
+def peak_bytes(device: torch.device, T: int = 8192, D: int = 7168, V: int = 129280) -> dict[str, int]:
     """On a GPU: the most memory that forward and backward hold beside their inputs, ours and plain torch's, in bytes."""
     found = {}
     for name, call in (("ours", _ours), ("torch", _plain)):
-        place = torch.get_default_device() if torch.get_default_device().type != "cpu" else torch.accelerator.current_accelerator()
-        args = make(T, D, V, place)
+        args = make(T, D, V, device)
         torch.accelerator.synchronize()
         before = torch.accelerator.memory_allocated()
         torch.accelerator.reset_peak_memory_stats()
