@@ -38,9 +38,13 @@ struct Payload {
   bool power_of_two;
 };
 
+// Blocks of 256 threads that an SM holds at least: four leave 64 registers a thread, enough for half-sized numbers.
+template <typename X, typename W, int kPieces>
+constexpr int kResident = sizeof(X) == 2 && sizeof(W) == 2 && kPieces <= 4 ? 4 : 1;
+
 // Block (32 lanes, warps of a row, rows). `kQuantize`: `payload` instead of y.
 template <typename X, typename W, typename A, int kPieces, bool kQuantize>
-__global__ void __launch_bounds__(256) norm_kernel(
+__global__ void __launch_bounds__(256, kResident<X, W, kPieces>) norm_kernel(
     const X* __restrict__ x, int64_t stride, const W* __restrict__ weight, X* __restrict__ y, A* __restrict__ rstd, int64_t rows,
     int width, A eps, bool aligned, Payload payload) {
   __shared__ A piece_sum[kMostPieces];
@@ -63,7 +67,7 @@ __global__ void __launch_bounds__(256) norm_kernel(
   for (int n = 0; n < kPieces; ++n) {
     A square[kEight];
 #pragma unroll
-    for (int j = 0; j < kEight; ++j) square[j] = mul(widen(in[n][j]), widen(in[n][j]));
+    for (int j = 0; j < kEight; ++j) square[j] = mul(in[n][j], in[n][j]);
     sum[n] = warp_sum(sum_of_eight(square));
   }
   A total = sum[0];
@@ -81,12 +85,9 @@ __global__ void __launch_bounds__(256) norm_kernel(
   for (int n = 0; n < kPieces; ++n) {
     A value[kEight];
 #pragma unroll
-    for (int j = 0; j < kEight; ++j) value[j] = mul(mul(widen(in[n][j]), scale), static_cast<A>(widen(factor[n][j])));
+    for (int j = 0; j < kEight; ++j) value[j] = mul(mul(in[n][j], scale), static_cast<A>(factor[n][j]));
     if constexpr (!kQuantize) {
-      Eight<X> out;
-#pragma unroll
-      for (int j = 0; j < kEight; ++j) narrow(value[j], out[j]);
-      out.write(y + row * width + width - left[n], left[n], aligned);
+      Eight<X>::of(value).write(y + row * width + width - left[n], left[n], aligned);
     } else {
       uint32_t peak = 0;
 #pragma unroll
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(1024) backward_kernel(
       A part[kEight];
 #pragma unroll
       for (int j = 0; j < kEight; ++j) {
-        part[j] = mul(mul(widen(of_y[n][j]), static_cast<A>(widen(factor[n][j]))), mul(widen(in[n][j]), scale));
+        part[j] = mul(mul(of_y[n][j], static_cast<A>(factor[n][j])), mul(in[n][j], scale));
       }
       sum[n] = warp_sum(sum_of_eight(part));
     }
@@ -184,14 +185,14 @@ __global__ void __launch_bounds__(1024) backward_kernel(
     const A mean = divide(dot, static_cast<A>(width));
 #pragma unroll
     for (int n = 0; n < kPieces; ++n) {
-      Eight<X> out;
+      A out[kEight];
 #pragma unroll
       for (int j = 0; j < kEight; ++j) {
-        const A of = widen(of_y[n][j]), normed = mul(widen(in[n][j]), scale);
+        const A of = of_y[n][j], normed = mul(in[n][j], scale);
         run[n][j] = add(run[n][j], mul(of, normed));
-        narrow(mul(sub(mul(of, static_cast<A>(widen(factor[n][j]))), mul(normed, mean)), scale), out[j]);
+        out[j] = mul(sub(mul(of, static_cast<A>(factor[n][j])), mul(normed, mean)), scale);
       }
-      if (row < rows) out.write(grad_x + row * width + column[n], width - column[n], aligned);
+      if (row < rows) Eight<X>::of(out).write(grad_x + row * width + column[n], width - column[n], aligned);
     }
     if (i % kRowRun == kRowRun - 1) {
 #pragma unroll
@@ -204,8 +205,10 @@ __global__ void __launch_bounds__(1024) backward_kernel(
           const int left = width - column[n];
           held.read(sum_out + column[n], i < kRowRun ? 0 : left, aligned);
 #pragma unroll
-          for (int j = 0; j < kEight; ++j) held[j] = add(held[j], run[n][j]), run[n][j] = A(0);
-          held.write(sum_out + column[n], left, aligned);
+          for (int j = 0; j < kEight; ++j) run[n][j] = add(held[j], run[n][j]);
+          Eight<A>::of(run[n]).write(sum_out + column[n], left, aligned);
+#pragma unroll
+          for (int j = 0; j < kEight; ++j) run[n][j] = A(0);
         }
       }
     }
@@ -228,10 +231,7 @@ __global__ void __launch_bounds__(1024) backward_kernel(
       }
       if (slot != kSlots - 1) return;
     }
-    Eight<A> result;
-#pragma unroll
-    for (int j = 0; j < kEight; ++j) result[j] = total[j];
-    result.write(sum_out + column[0], width - column[0], aligned);
+    Eight<A>::of(total).write(sum_out + column[0], width - column[0], aligned);
   }
 }
 
