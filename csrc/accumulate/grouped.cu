@@ -22,7 +22,7 @@ namespace {
 constexpr int kTileN = 128;   // rows of out that a block makes: columns of left
 constexpr int kTileK = 256;   // columns of out that a block makes: columns of right
 constexpr int kDepth = 64;    // batch rows of a stage
-constexpr int kStages = 3;
+constexpr int kStages = 4;
 constexpr int kCluster = 2;
 constexpr int kAtom = 64;     // columns of a 128-byte swizzled piece: 64 bf16
 constexpr int kAtomBytes = kDepth * kAtom * 2;
@@ -34,7 +34,7 @@ constexpr int kMultipliers = 2;
 static_assert(kDepth == 64, "a box of the copy engine is 64 rows, of operands and of out");
 constexpr int kPiece = 32;        // columns of out in a 128-byte swizzled piece: 32 fp32
 constexpr int kPieceBytes = 64 * kPiece * 4;
-constexpr int kPiecesHeld = 4;    // pieces of a warpgroup's 64 x 256 sums that are on their way to out at once
+constexpr int kPiecesHeld = 2;    // pieces of a warpgroup's 64 x 256 sums that have room: one is written, one on its way to out
 constexpr int kOutBytes = kMultipliers * kPiecesHeld * kPieceBytes;
 constexpr int kSharedBytes = kStages * kStageBytes + kOutBytes + 1024;  // and room to start at a multiple of 1024
 constexpr int kBand = 8;  // pairs of row tiles that are done together, so that what they share stays in the L2 cache
@@ -269,33 +269,27 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1) 
       for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(sum[i])::"memory");
       if (threadIdx.x % 128 < kCluster) barrier_arrive_at(&empty[before], threadIdx.x % 128);
 
-      // a warpgroup's 64 rows, kPiecesHeld pieces of columns at a time
+      // a warpgroup's 64 rows, a piece of columns after the other
       const int line = tile.expert * N + (tile.pair * kCluster + static_cast<int>(rank)) * kTileN + part * 64;
-      uint8_t* held = stages + kStages * kStageBytes + part * kPiecesHeld * kPieceBytes;
       const int own = warp * 16 + lane / 4;  // this thread's first row; the second is 8 further
 #pragma unroll
-      for (int first = 0; first < kTileK / kPiece; first += kPiecesHeld) {
-        // what was held before has been read
-        if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+      for (int piece = 0; piece < kTileK / kPiece; ++piece) {
+        uint8_t* held = stages + kStages * kStageBytes + (part * kPiecesHeld + piece % kPiecesHeld) * kPieceBytes;
+        // what lay here has been read
+        if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPiecesHeld - 1) : "memory");
         asm volatile("bar.sync %0, 128;" ::"r"(2 + part) : "memory");
 #pragma unroll
-        for (int piece = 0; piece < kPiecesHeld; ++piece) {
-#pragma unroll
-          for (int j = 0; j < kPiece / 8; ++j) {
-            const int i = ((first + piece) * (kPiece / 8) + j) * 4;
-            // 16-byte parts of a row change places by the row's number, as the copy engine has them
-            const int place = (j * 2 + lane % 4 / 2) ^ (lane / 4), inside = place * 16 + lane % 2 * 8;
-            uint8_t* to = held + piece * kPieceBytes + own * 128 + inside;
-            *reinterpret_cast<float2*>(to) = float2{sum[i], sum[i + 1]};
-            *reinterpret_cast<float2*>(to + 8 * 128) = float2{sum[i + 2], sum[i + 3]};
-          }
+        for (int j = 0; j < kPiece / 8; ++j) {
+          const int i = (piece * (kPiece / 8) + j) * 4;
+          // 16-byte parts of a row change places by the row's number, as the copy engine has them
+          const int place = (j * 2 + lane % 4 / 2) ^ (lane / 4), inside = place * 16 + lane % 2 * 8;
+          *reinterpret_cast<float2*>(held + own * 128 + inside) = float2{sum[i], sum[i + 1]};
+          *reinterpret_cast<float2*>(held + (own + 8) * 128 + inside) = float2{sum[i + 2], sum[i + 3]};
         }
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         asm volatile("bar.sync %0, 128;" ::"r"(2 + part) : "memory");
         if (threadIdx.x % 128 == 0) {
-#pragma unroll
-          for (int piece = 0; piece < kPiecesHeld; ++piece)
-            add_piece(out, held + piece * kPieceBytes, tile.column + (first + piece) * kPiece, line);
+          add_piece(out, held, tile.column + piece * kPiece, line);
           asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
       }

@@ -62,7 +62,7 @@ PARTS = {
         "transformer_engine.pytorch",
         "nothing yet: this version has no precision=fp8_te; attention, norms and linear layers are torch's",
     ),
-    "sgl-deep-gemm": ("package", "deep_gemm", "nothing yet: this version has no fp8 of its own; products are torch's"),
+    "sgl-deep-gemm": ("package", "deep_gemm", "precision=fp8 on a GPU, whose experts' products it does"),
     "sglang": ("package", "sglang", "nothing yet: this version has no engine=sglang; engine=local generates in the trainer"),
     "ray": ("package", "ray", "nothing yet: this version starts processes itself (launch.processes) or joins torchrun's"),
     "wandb": ("package", "wandb", "log.wandb=true: metrics on Weights & Biases"),
