@@ -29,7 +29,8 @@ __device__ __forceinline__ void narrow(double x, double& to) { to = x; }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void narrow(double x, float& to) { to = static_cast<float>(x); }
 
-// Eight neighbours; 0 from the row's end on. `aligned`: rows are whole eights that 16-byte accesses fit.
+// Eight neighbours; 0 from the row's end on. `aligned`: rows are whole eights that 16-byte accesses fit; a constant where it matters,
+// because loads that stand in branches of their own are waited for one by one.
 template <typename T>
 struct Eight {
   Vector<T, kVector<T>> part[kEight / kVector<T>];
@@ -37,18 +38,24 @@ struct Eight {
   __device__ const T& operator[](int j) const { return part[j / kVector<T>].value[j % kVector<T>]; }
 
   __device__ void read(const T* from, int left, bool aligned) {
-    if (aligned && left > 0) {
+    if (aligned) {
 #pragma unroll
-      for (int v = 0; v < kEight / kVector<T>; ++v) part[v] = load16(from + v * kVector<T>);
+      for (int v = 0; v < kEight / kVector<T>; ++v) {
+        uint4 bits = make_uint4(0, 0, 0, 0);
+        if (left > 0) bits = *reinterpret_cast<const uint4*>(from + v * kVector<T>);
+        memcpy(&part[v], &bits, sizeof(bits));
+      }
       return;
     }
 #pragma unroll
     for (int j = 0; j < kEight; ++j) (*this)[j] = j < left ? from[j] : T(0.0f);
   }
   __device__ void write(T* to, int left, bool aligned) const {
-    if (aligned && left > 0) {
+    if (aligned) {
 #pragma unroll
-      for (int v = 0; v < kEight / kVector<T>; ++v) store16(to + v * kVector<T>, part[v]);
+      for (int v = 0; v < kEight / kVector<T>; ++v) {
+        if (left > 0) store16(to + v * kVector<T>, part[v]);
+      }
       return;
     }
 #pragma unroll
@@ -57,6 +64,26 @@ struct Eight {
     }
   }
 };
+
+// kCount numbers of each lane, combined over kLanes neighbouring lanes: each gets the result for one number, the one of
+// lane % kLanes / (kLanes / kCount). Halves first, as a butterfly over each number would, of which this is the part that is needed.
+template <int kLanes, int kCount, typename T, typename Combine>
+__device__ __forceinline__ T fold(T (&number)[kCount], int lane, Combine combine) {
+  static_assert(kCount <= kLanes);
+  int step = kLanes / 2;
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2, step /= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int k = 0; k < half; ++k) {
+      const T mine = upper ? number[k + half] : number[k], other = upper ? number[k] : number[k + half];
+      number[k] = combine(mine, __shfl_xor_sync(kAllLanes, other, step));
+    }
+  }
+#pragma unroll
+  for (; step > 0; step /= 2) number[0] = combine(number[0], __shfl_xor_sync(kAllLanes, number[0], step));
+  return number[0];
+}
 
 template <typename A>
 __device__ __forceinline__ A sum_of_eight(const A (&a)[kEight]) {
