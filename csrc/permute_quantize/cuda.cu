@@ -1,8 +1,8 @@
 // permute_quantize on a GPU: a block has a token, quantises it in registers and stores its bytes to each of its rows.
 //
 // A thread holds kEach times 16 neighbours, so that eight lanes have a block of 128 and the bytes of a row are one 16-byte store.
-// Scales go through a scratch tensor, a token's side by side: as [D / 128, R4] they would be four bytes here and there for each row.
-// A second kernel, of which a warp has 32 neighbouring rows, gathers them from the L2 by row_tokens and writes whole lines.
+// Scales go through a scratch tensor, a token's side by side: as [D / 128, R4] they would be four bytes here and there for each
+// row. A second kernel, of which a warp has 32 neighbouring rows, gathers them from the L2 by row_tokens and writes whole lines.
 
 #include "op.h"
 
@@ -59,8 +59,8 @@ __device__ __forceinline__ int64_t first_seen(const Move& move) {
   return r < move.R ? move.row_tokens[r] : 0;
 }
 
-// Scales [blocks, R4] of rows from their tokens'; of padding, a block of zeros', and 0 where there is no row. A thread has a row and,
-// by blockIdx.y, kScales of its scales.
+// Scales [blocks, R4] of rows from their tokens'; of padding, a block of zeros', and 0 where there is no row. A thread has a row
+// and, by blockIdx.y, kScales of its scales.
 __global__ void __launch_bounds__(kScaleThreads) gather_scales_kernel(
     const Move move, float* __restrict__ scales, int64_t R4, int64_t blocks) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kScaleThreads;

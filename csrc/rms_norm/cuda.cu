@@ -2,7 +2,8 @@
 // are never fused.
 //
 // A lane holds 8 neighbours, a warp a piece of 256 numbers; a row has a warp for every two, four or eight pieces, and stays in
-// registers: one read, one write. The backward gives a block a group of 32 rows, whose part of grad_weight stays in registers too.
+// registers: one read, one write. The backward of bf16 rows is in backward.cuh; the one here, for all others, gives a block a group
+// of 32 rows, whose part of grad_weight stays in registers too.
 
 #include "op.h"
 
@@ -10,6 +11,7 @@
 #include "../common/fp8.h"
 #include "../quantize/op.h"
 #include "eight.cuh"
+#include "backward.cuh"
 
 #include <ATen/ops/zeros.h>
 #include <cuda_fp8.h>
@@ -38,8 +40,8 @@ struct Payload {
   bool power_of_two;
 };
 
-// Block (32 lanes, warps of a row, rows); more than one row only where a row is one warp, which meets no barrier. `kQuantize`: `payload`
-// instead of y. A warp has every `warps`-th piece.
+// Block (32 lanes, warps of a row, rows); more than one row only where a row is one warp, which meets no barrier. A warp has every
+// `warps`-th piece. `kQuantize`: `payload` instead of y.
 template <typename X, typename W, typename A, int kPieces, bool kAligned, bool kQuantize>
 __global__ void __launch_bounds__(256) norm_kernel(
     const X* __restrict__ x, int64_t stride, const W* __restrict__ weight, X* __restrict__ y, A* __restrict__ rstd, int64_t rows,
@@ -397,8 +399,30 @@ Pair rms_norm_backward_cuda(const at::Tensor& grad_any, const at::Tensor& x_any,
           static_cast<int>(width), aligned);
     };
     using One = std::integral_constant<int, 1>;
-    if (pieces <= 8) {
-      launch(One{}, std::integral_constant<int, kRowRuns>{});
+    using Runs = std::integral_constant<int, kRowRuns>;
+    const bool whole = aligned && fits16(write_ptr<X>(grad_x), width);
+    if (std::is_same_v<X, __nv_bfloat16> && whole && pieces <= 32) {
+      if constexpr (std::is_same_v<X, __nv_bfloat16>) {
+        const auto stream_rows = [&](auto slots) {
+          constexpr int kSlots = decltype(slots)::value;
+          const int64_t threads = kWarp * pieces * kSlots;
+          const size_t bytes = stream_shared_bytes(threads, kSlots);
+          int processors = 0, shared = 0;
+          C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device()));
+          C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, x.get_device()));
+          // what a processor holds: registers for 1024 threads, and shared memory, of which 3 KB a block are not ours
+          const int64_t each = std::clamp<int64_t>(shared / static_cast<int64_t>(bytes + 3072), 1, 1024 / threads);
+          const auto kernel = backward_stream_kernel<W, kSlots>;
+          C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+          const dim3 block(kWarp, static_cast<unsigned>(pieces), kSlots);
+          kernel<<<grid_of(groups, each * processors), block, bytes, stream>>>(
+              from_grad, grad.stride(0), from, x.stride(0), factor, read_ptr<A>(rstd), write_ptr<X>(grad_x), write_ptr<A>(partial),
+              rows, groups, static_cast<int>(width));
+        };
+        pieces <= 8 ? stream_rows(Runs{}) : stream_rows(One{});
+      }
+    } else if (pieces <= 8) {
+      launch(One{}, Runs{});
     } else if (pieces <= 32) {
       launch(One{}, One{});
     } else {
