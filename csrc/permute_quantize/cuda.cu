@@ -1,7 +1,8 @@
-// permute_quantize on a GPU: a block has a token, quantises it in registers and stores bytes and scales to each of its rows.
+// permute_quantize on a GPU: a block has a token, quantises it in registers and stores its bytes to each of its rows.
 //
 // A thread holds kEach times 16 neighbours, so that eight lanes have a block of 128 and the bytes of a row are one 16-byte store.
-// A scale is four bytes at column `row`: neighbouring rows of an expert are written at about the same time and meet in the L2.
+// Scales go through a scratch tensor, a token's side by side: as [D / 128, R4] they would be four bytes here and there for each
+// row. A second kernel, of which a warp has 32 neighbouring rows, gathers them from the L2 by row_tokens and writes whole lines.
 
 #include "op.h"
 
@@ -21,33 +22,68 @@ constexpr int kThreads = 256;            // of a block, at most
 constexpr int kEach = 2;                 // pieces of a thread
 constexpr int kPiece = 16;               // numbers of a piece
 constexpr int kLanes = kBlock / kPiece;  // that share a scale
+constexpr int kScaleThreads = 128;       // rows of a block that gathers scales
+constexpr int kScales = 8;               // of a row that a thread gathers
 
 struct Move {
   const int64_t* __restrict__ row_tokens;
   const int64_t* __restrict__ token_rows;
   uint8_t* __restrict__ payload;
-  float* __restrict__ scales;
-  int64_t T, R, R4, width, D;
+  float* __restrict__ token_scales;  // [T, pitch], pitch a multiple of kScales
+  int64_t T, R, width, D, pitch;
   bool power_of_two;
 };
 
-// Padding rows of this block, and the numbers of `scales` that belong to no row.
-__device__ __forceinline__ void clear_rest(const Move& move) {
-  const int64_t blocks = (move.D + kBlock - 1) / kBlock;
-  const float zero_scale = block_scale(0, move.power_of_two);
-  for (int64_t r = blockIdx.x; r < move.R; r += gridDim.x) {
-    if (move.row_tokens[r] >= 0) continue;
-    uint8_t* to = move.payload + r * move.D;
-    if (move.D % 16 == 0) {
-      for (int64_t p = threadIdx.x; p < move.D / 16; p += blockDim.x) __stcs(reinterpret_cast<uint4*>(to) + p, uint4{});
-    } else {
-      for (int64_t d = threadIdx.x; d < move.D; d += blockDim.x) to[d] = 0;
+// Zeros to the padding rows among every gridDim-th row from blockIdx; `seen`: row_tokens of lane's, loaded early.
+__device__ __forceinline__ void clear_padding(const Move& move, int64_t seen) {
+  const int64_t step = gridDim.x;
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t from = blockIdx.x; from < move.R; from += step * kWarp) {
+    const int64_t r = from + lane * step;
+    if (from != blockIdx.x) seen = r < move.R ? move.row_tokens[r] : 0;
+    unsigned padding = __ballot_sync(kAllLanes, seen < 0);
+    while (padding) {
+      uint8_t* to = move.payload + (from + (__ffs(padding) - 1) * step) * move.D;
+      padding &= padding - 1;
+      if (move.D % 16 == 0) {
+        for (int64_t p = threadIdx.x; p < move.D / 16; p += blockDim.x) __stcs(reinterpret_cast<uint4*>(to) + p, uint4{});
+      } else {
+        for (int64_t d = threadIdx.x; d < move.D; d += blockDim.x) to[d] = 0;
+      }
     }
-    for (int64_t b = threadIdx.x; b < blocks; b += blockDim.x) move.scales[b * move.R4 + r] = zero_scale;
   }
-  if (blockIdx.x != 0) return;
-  const int64_t spare = move.R4 - move.R;
-  for (int64_t i = threadIdx.x; i < blocks * spare; i += blockDim.x) move.scales[i / spare * move.R4 + move.R + i % spare] = 0.0f;
+}
+
+__device__ __forceinline__ int64_t first_seen(const Move& move) {
+  const int64_t r = blockIdx.x + (threadIdx.x % kWarp) * static_cast<int64_t>(gridDim.x);
+  return r < move.R ? move.row_tokens[r] : 0;
+}
+
+// Scales [blocks, R4] of rows from their tokens'; of padding, a block of zeros', and 0 where there is no row. A thread has a row
+// and, by blockIdx.y, kScales of its scales.
+__global__ void __launch_bounds__(kScaleThreads) gather_scales_kernel(
+    const Move move, float* __restrict__ scales, int64_t R4, int64_t blocks) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kScaleThreads;
+  for (int64_t r = static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x; r < R4; r += step) {
+    const int64_t t = r < move.R ? move.row_tokens[r] : -1;
+    const float rest = r < move.R ? block_scale(0, move.power_of_two) : 0.0f;
+    for (int64_t b = static_cast<int64_t>(blockIdx.y) * kScales; b < blocks; b += static_cast<int64_t>(gridDim.y) * kScales) {
+      Vector<float, 4> part[kScales / 4];
+#pragma unroll
+      for (int i = 0; i < kScales / 4; ++i) {
+        if (t >= 0 && t < move.T) {
+          part[i] = load16(move.token_scales + t * move.pitch + b + 4 * i);
+        } else {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) part[i].value[j] = rest;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kScales; ++j) {
+        if (b + j < blocks) scales[(b + j) * R4 + r] = part[j / 4].value[j % 4];
+      }
+    }
+  }
 }
 
 // D is a multiple of 16, tokens and payload are aligned.
@@ -56,6 +92,7 @@ __global__ void __launch_bounds__(kThreads) permute_quantize_kernel(const scalar
   constexpr int kLoads = kPiece / kVector<scalar_t>;
   const int lane = threadIdx.x % kWarp;
   const int64_t pieces = move.D / kPiece;
+  const int64_t seen = first_seen(move);
   for (int64_t t = blockIdx.x; t < move.T; t += gridDim.x) {
     for (int64_t first = threadIdx.x; first - threadIdx.x < pieces; first += kEach * blockDim.x) {
       Vector<scalar_t, kVector<scalar_t>> part[kEach][kLoads];
@@ -72,8 +109,9 @@ __global__ void __launch_bounds__(kThreads) permute_quantize_kernel(const scalar
           }
         }
       }
+      // on its way with the numbers
+      const int64_t first_row = lane < move.width ? move.token_rows[t * move.width + lane] : -1;
       uint4 bytes[kEach];
-      float scale[kEach];
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         float x[kPiece];
@@ -85,8 +123,9 @@ __global__ void __launch_bounds__(kThreads) permute_quantize_kernel(const scalar
         }
 #pragma unroll
         for (int step = kLanes / 2; step > 0; step /= 2) largest = max(largest, __shfl_xor_sync(kAllLanes, largest, step));
-        scale[i] = block_scale(largest, move.power_of_two);
-        const float inverse = 1.0f / scale[i];
+        const float scale = block_scale(largest, move.power_of_two), inverse = 1.0f / scale;
+        const int64_t p = first + i * blockDim.x;
+        if (p < pieces && p % kLanes == 0) move.token_scales[t * move.pitch + p / kLanes] = scale;
         uint32_t word[4] = {};
 #pragma unroll
         for (int j = 0; j < kPiece; j += 2) {
@@ -96,7 +135,8 @@ __global__ void __launch_bounds__(kThreads) permute_quantize_kernel(const scalar
         bytes[i] = uint4{word[0], word[1], word[2], word[3]};
       }
       for (int64_t batch = 0; batch < move.width; batch += kWarp) {
-        const int64_t mine = batch + lane < move.width ? move.token_rows[t * move.width + batch + lane] : -1;
+        int64_t mine = first_row;
+        if (batch > 0) mine = batch + lane < move.width ? move.token_rows[t * move.width + batch + lane] : -1;
         const int most = static_cast<int>(min(static_cast<int64_t>(kWarp), move.width - batch));
         for (int k = 0; k < most; ++k) {
           const int64_t r = __shfl_sync(kAllLanes, mine, k);
@@ -104,15 +144,13 @@ __global__ void __launch_bounds__(kThreads) permute_quantize_kernel(const scalar
 #pragma unroll
           for (int i = 0; i < kEach; ++i) {
             const int64_t p = first + i * blockDim.x;
-            if (p >= pieces) continue;
-            __stcs(reinterpret_cast<uint4*>(move.payload + r * move.D) + p, bytes[i]);
-            if (p % kLanes == 0) move.scales[p / kLanes * move.R4 + r] = scale[i];
+            if (p < pieces) __stcs(reinterpret_cast<uint4*>(move.payload + r * move.D) + p, bytes[i]);
           }
         }
       }
     }
   }
-  clear_rest(move);
+  clear_padding(move, seen);
 }
 
 // Any D: a warp a block of 128.
@@ -120,6 +158,7 @@ template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) permute_quantize_any_kernel(const scalar_t* __restrict__ tokens, const Move move) {
   constexpr int kOwn = kBlock / kWarp;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t seen = first_seen(move);
   for (int64_t t = blockIdx.x; t < move.T; t += gridDim.x) {
     for (int64_t b = warp; b * kBlock < move.D; b += kThreads / kWarp) {
       float x[kOwn];
@@ -142,11 +181,11 @@ __global__ void __launch_bounds__(kThreads) permute_quantize_any_kernel(const sc
           const int64_t d = b * kBlock + i * kWarp + lane;
           if (d < move.D) move.payload[r * move.D + d] = byte[i];
         }
-        if (lane == 0) move.scales[b * move.R4 + r] = scale;
       }
+      if (lane == 0) move.token_scales[t * move.pitch + b] = scale;
     }
   }
-  clear_rest(move);
+  clear_padding(move, seen);
 }
 
 std::tuple<at::Tensor, at::Tensor> permute_quantize_cuda(
@@ -156,13 +195,14 @@ std::tuple<at::Tensor, at::Tensor> permute_quantize_cuda(
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor tokens = tokens_any.contiguous(), row_tokens = row_tokens_any.contiguous();
   const at::Tensor token_rows = token_rows_any.contiguous();
-  const int64_t R4 = ceil_div(R, 4) * 4;
+  const int64_t R4 = padded_rows(R), blocks = ceil_div(D, kBlock), pitch = ceil_div(blocks, kScales) * kScales;
   at::Tensor payload = at::empty({R, D}, tokens.options().dtype(at::kFloat8_e4m3fn));
-  at::Tensor scales = at::empty({ceil_div(D, kBlock), R4}, tokens.options().dtype(at::kFloat));
+  at::Tensor scales = at::empty({blocks, R4}, tokens.options().dtype(at::kFloat));
   if (R > 0 && D > 0) {
+    const at::Tensor token_scales = at::empty({T, pitch}, scales.options());
     const Move move{
         row_tokens.const_data_ptr<int64_t>(), token_rows.const_data_ptr<int64_t>(),
-        static_cast<uint8_t*>(payload.mutable_data_ptr()), scales.mutable_data_ptr<float>(), T, R, R4, width, D, power_of_two};
+        static_cast<uint8_t*>(payload.mutable_data_ptr()), token_scales.mutable_data_ptr<float>(), T, R, width, D, pitch, power_of_two};
     const unsigned grid = grid_of(std::max(T, ceil_div(R, 16)));  // padding rows are spread over many blocks
     const auto launch = [&, D = D](auto number) {
       using scalar_t = decltype(number);
@@ -175,6 +215,9 @@ std::tuple<at::Tensor, at::Tensor> permute_quantize_cuda(
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     };
     tokens.scalar_type() == at::kFloat ? launch(float{}) : launch(c10::BFloat16{});
+    const dim3 gather_grid(grid_of(ceil_div(R4, kScaleThreads)), grid_of(pitch / kScales, 65535));
+    gather_scales_kernel<<<gather_grid, kScaleThreads, 0, stream>>>(move, scales.mutable_data_ptr<float>(), R4, blocks);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return {payload, scales.t().narrow(0, 0, R)};
 }

@@ -1,8 +1,9 @@
 // RMSNorm on Hopper. Bit for bit the plain-torch reference of r1mega/ops/rms_norm.py: the order of sums is in op.h, products and sums
 // are never fused.
 //
-// A lane holds 8 neighbours, a warp a piece of 256 numbers; a row has a warp for every one, two, four or eight pieces, and stays in
-// registers: one read, one write. The backward gives a block a group of 32 rows, whose part of grad_weight stays in registers too.
+// A lane holds 8 neighbours, a warp a piece of 256 numbers; a row has a warp for every two, four or eight pieces, and stays in
+// registers: one read, one write. The backward of bf16 rows is in backward.cuh; the one here, for all others, gives a block a group
+// of 32 rows, whose part of grad_weight stays in registers too.
 
 #include "op.h"
 
@@ -10,6 +11,7 @@
 #include "../common/fp8.h"
 #include "../quantize/op.h"
 #include "eight.cuh"
+#include "backward.cuh"
 
 #include <ATen/ops/zeros.h>
 #include <cuda_fp8.h>
@@ -38,80 +40,94 @@ struct Payload {
   bool power_of_two;
 };
 
-// Blocks of 256 threads that an SM holds at least: four leave 64 registers a thread, enough for half-sized numbers.
-template <typename X, typename W, int kPieces>
-constexpr int kResident = sizeof(X) == 2 && sizeof(W) == 2 && kPieces <= 4 ? 4 : 1;
-
-// Block (32 lanes, warps of a row, rows). `kQuantize`: `payload` instead of y.
-template <typename X, typename W, typename A, int kPieces, bool kQuantize>
-__global__ void __launch_bounds__(256, kResident<X, W, kPieces>) norm_kernel(
+// Block (32 lanes, warps of a row, rows); more than one row only where a row is one warp, which meets no barrier. A warp has every
+// `warps`-th piece. `kQuantize`: `payload` instead of y.
+template <typename X, typename W, typename A, int kPieces, bool kAligned, bool kQuantize>
+__global__ void __launch_bounds__(256) norm_kernel(
     const X* __restrict__ x, int64_t stride, const W* __restrict__ weight, X* __restrict__ y, A* __restrict__ rstd, int64_t rows,
-    int width, A eps, bool aligned, Payload payload) {
+    int width, A eps, Payload payload) {
   __shared__ A piece_sum[kMostPieces];
+  constexpr bool kEarly = kPieces <= 4;  // weights before the sum, where registers hold both
+  constexpr int kShare = kWarp / kPieces;  // lanes that get the sum of one piece
   const int lane = threadIdx.x, warp = threadIdx.y, warps = blockDim.y;
   const int64_t row = int64_t(blockIdx.x) * blockDim.z + threadIdx.z;
-  if (row >= rows) return;  // only where a row is one warp, which meets no barrier
+  if (row >= rows) return;
   Eight<X> in[kPieces];
   Eight<W> factor[kPieces];
   int left[kPieces];
-  A sum[kPieces];
 #pragma unroll
   for (int n = 0; n < kPieces; ++n) {
     const int column = (warp + n * warps) * kPiece + lane * kEight;
     left[n] = width - column;
-    in[n].read(x + row * stride + column, left[n], aligned);
+    in[n].read(x + row * stride + column, left[n], kAligned);
   }
+  const auto read_weight = [&] {
 #pragma unroll
-  for (int n = 0; n < kPieces; ++n) factor[n].read(weight + width - left[n], left[n], aligned);
+    for (int n = 0; n < kPieces; ++n) factor[n].read(weight + width - left[n], left[n], kAligned);
+  };
+  if constexpr (kEarly) read_weight();
+  A sum[kPieces];
 #pragma unroll
   for (int n = 0; n < kPieces; ++n) {
     A square[kEight];
 #pragma unroll
-    for (int j = 0; j < kEight; ++j) square[j] = mul(in[n][j], in[n][j]);
-    sum[n] = warp_sum(sum_of_eight(square));
+    for (int j = 0; j < kEight; ++j) square[j] = mul(widen(in[n][j]), widen(in[n][j]));
+    sum[n] = sum_of_eight(square);
   }
-  A total = sum[0];
+  A total = fold<kWarp>(sum, lane, [](A a, A b) { return add(a, b); });
   if (warps > 1) {
-    if (lane == 0) {
-#pragma unroll
-      for (int n = 0; n < kPieces; ++n) piece_sum[warp + n * warps] = sum[n];
-    }
+    if (lane % kShare == 0) piece_sum[warp + lane / kShare * warps] = total;
     __syncthreads();
     total = sum_of_pieces(piece_sum, kPieces * warps);
+  } else {
+#pragma unroll
+    for (int step = kWarp / 2; step >= kShare; step /= 2) total = add(total, __shfl_xor_sync(kAllLanes, total, step));
   }
   const A scale = divide(A(1), root(add(divide(total, static_cast<A>(width)), eps)));
   if (lane == 0 && warp == 0) rstd[row] = scale;
+  if constexpr (!kEarly) read_weight();
+  if constexpr (!kQuantize) {
 #pragma unroll
-  for (int n = 0; n < kPieces; ++n) {
-    A value[kEight];
+    for (int n = 0; n < kPieces; ++n) {
+      Eight<X> out;
 #pragma unroll
-    for (int j = 0; j < kEight; ++j) value[j] = mul(mul(in[n][j], scale), static_cast<A>(factor[n][j]));
-    if constexpr (!kQuantize) {
-      Eight<X>::of(value).write(y + row * width + width - left[n], left[n], aligned);
-    } else {
-      uint32_t peak = 0;
+      for (int j = 0; j < kEight; ++j) narrow(mul(mul(widen(in[n][j]), scale), static_cast<A>(widen(factor[n][j]))), out[j]);
+      out.write(y + row * width + width - left[n], left[n], kAligned);
+    }
+  } else {
+    constexpr int kLanes = kWarp / 2, kOwn = kLanes / kPieces;  // lanes of a block of 128; those that get the peak of one piece
+    A value[kPieces][kEight];
+    uint32_t peak[kPieces] = {};
 #pragma unroll
-      for (int j = 0; j < kEight; ++j) peak = max(peak, magnitude(value[j]));
+    for (int n = 0; n < kPieces; ++n) {
 #pragma unroll
-      for (int step = kWarp / 4; step > 0; step /= 2) peak = max(peak, __shfl_xor_sync(kAllLanes, peak, step));
-      const float of_block = block_scale(peak, payload.power_of_two), inverse = 1.0f / of_block;
-      const int64_t column = width - left[n];
-      if (lane % (kWarp / 2) == 0 && left[n] > 0) {
-        float* scales = payload.scales + column / kBlock * payload.padded + row;
-        *scales = of_block;
-        if (row == rows - 1) {
-          for (int64_t pad = row + 1; pad < payload.padded; ++pad) *++scales = 0.0f;
-        }
+      for (int j = 0; j < kEight; ++j) {
+        value[n][j] = mul(mul(widen(in[n][j]), scale), static_cast<A>(widen(factor[n][j])));
+        peak[n] = max(peak[n], magnitude(value[n][j]));
       }
+    }
+    // a lane has the scale of one piece; all get its inverse
+    const uint32_t largest = fold<kLanes>(peak, lane, [](uint32_t a, uint32_t b) { return max(a, b); });
+    const float of_block = block_scale(largest, payload.power_of_two), of_inverse = 1.0f / of_block;
+    const int64_t first = (warp + lane % kLanes / kOwn * warps) * kPiece + lane / kLanes * kBlock;
+    if (lane % kOwn == 0 && first < width) {
+      float* scales = payload.scales + first / kBlock * payload.padded + row;
+      *scales = of_block;
+      if (row == rows - 1) {
+        for (int64_t pad = row + 1; pad < payload.padded; ++pad) *++scales = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n) {
+      const float inverse = __shfl_sync(kAllLanes, of_inverse, lane / kLanes * kLanes + n * kOwn);
       uint32_t word[2] = {};
 #pragma unroll
       for (int j = 0; j < kEight; j += 2) {
-        const uint32_t two =
-            __nv_cvt_float2_to_fp8x2(make_float2(value[j] * inverse, value[j + 1] * inverse), __NV_SATFINITE, __NV_E4M3);
-        word[j / 4] |= two << (j % 4 * 8);
+        const float2 two = make_float2(value[n][j] * inverse, value[n][j + 1] * inverse);
+        word[j / 4] |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3)) << (j % 4 * 8);
       }
-      uint8_t* to = payload.codes + row * width + column;
-      if (aligned) {
+      uint8_t* to = payload.codes + row * width + width - left[n];
+      if constexpr (kAligned) {
         if (left[n] > 0) *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[1]);
       } else {
 #pragma unroll
@@ -168,7 +184,7 @@ __global__ void __launch_bounds__(1024) backward_kernel(
       A part[kEight];
 #pragma unroll
       for (int j = 0; j < kEight; ++j) {
-        part[j] = mul(mul(of_y[n][j], static_cast<A>(factor[n][j])), mul(in[n][j], scale));
+        part[j] = mul(mul(widen(of_y[n][j]), static_cast<A>(widen(factor[n][j]))), mul(widen(in[n][j]), scale));
       }
       sum[n] = warp_sum(sum_of_eight(part));
     }
@@ -185,14 +201,14 @@ __global__ void __launch_bounds__(1024) backward_kernel(
     const A mean = divide(dot, static_cast<A>(width));
 #pragma unroll
     for (int n = 0; n < kPieces; ++n) {
-      A out[kEight];
+      Eight<X> out;
 #pragma unroll
       for (int j = 0; j < kEight; ++j) {
-        const A of = of_y[n][j], normed = mul(in[n][j], scale);
+        const A of = widen(of_y[n][j]), normed = mul(widen(in[n][j]), scale);
         run[n][j] = add(run[n][j], mul(of, normed));
-        out[j] = mul(sub(mul(of, static_cast<A>(factor[n][j])), mul(normed, mean)), scale);
+        narrow(mul(sub(mul(of, static_cast<A>(widen(factor[n][j]))), mul(normed, mean)), scale), out[j]);
       }
-      if (row < rows) Eight<X>::of(out).write(grad_x + row * width + column[n], width - column[n], aligned);
+      if (row < rows) out.write(grad_x + row * width + column[n], width - column[n], aligned);
     }
     if (i % kRowRun == kRowRun - 1) {
 #pragma unroll
@@ -205,10 +221,8 @@ __global__ void __launch_bounds__(1024) backward_kernel(
           const int left = width - column[n];
           held.read(sum_out + column[n], i < kRowRun ? 0 : left, aligned);
 #pragma unroll
-          for (int j = 0; j < kEight; ++j) run[n][j] = add(held[j], run[n][j]);
-          Eight<A>::of(run[n]).write(sum_out + column[n], left, aligned);
-#pragma unroll
-          for (int j = 0; j < kEight; ++j) run[n][j] = A(0);
+          for (int j = 0; j < kEight; ++j) held[j] = add(held[j], run[n][j]), run[n][j] = A(0);
+          held.write(sum_out + column[n], left, aligned);
         }
       }
     }
@@ -231,7 +245,10 @@ __global__ void __launch_bounds__(1024) backward_kernel(
       }
       if (slot != kSlots - 1) return;
     }
-    Eight<A>::of(total).write(sum_out + column[0], width - column[0], aligned);
+    Eight<A> result;
+#pragma unroll
+    for (int j = 0; j < kEight; ++j) result[j] = total[j];
+    result.write(sum_out + column[0], width - column[0], aligned);
   }
 }
 
@@ -304,24 +321,27 @@ void norm(const at::Tensor& x, const at::Tensor& weight_any, const at::Tensor& y
       const X* from = read_ptr<X>(x);
       const W* factor = read_ptr<W>(weight);
       const bool aligned = eights(from, x.stride(0), width) && eights(factor, width, width);
-      const auto launch = [&](auto each) {
+      const auto launch = [&](auto each, auto whole) {
         constexpr int kPieces = decltype(each)::value;
         const auto warps = static_cast<unsigned>(ceil_div(pieces, kPieces));
-        const unsigned together = kPieces == 1 && warps == 1 ? 4 : 1;
+        const unsigned together = warps == 1 ? 4 : 1;
         const int64_t blocks = ceil_div(rows, together);
         TORCH_CHECK_VALUE(blocks <= std::numeric_limits<int32_t>::max(), "rms_norm: expected fewer than 2^31 rows, got ", rows);
-        norm_kernel<X, W, A, kPieces, kQuantize><<<static_cast<unsigned>(blocks), dim3(kWarp, warps, together), 0, stream>>>(
-            from, x.stride(0), factor, kQuantize ? nullptr : write_ptr<X>(y), write_ptr<A>(rstd), rows, static_cast<int>(width),
-            static_cast<A>(eps), aligned, payload);
+        norm_kernel<X, W, A, kPieces, decltype(whole)::value, kQuantize>
+            <<<static_cast<unsigned>(blocks), dim3(kWarp, warps, together), 0, stream>>>(
+                from, x.stride(0), factor, kQuantize ? nullptr : write_ptr<X>(y), write_ptr<A>(rstd), rows, static_cast<int>(width),
+                static_cast<A>(eps), payload);
       };
-      if (pieces <= 8) {
-        launch(std::integral_constant<int, 1>{});
-      } else if (pieces <= 16) {
-        launch(std::integral_constant<int, 2>{});
+      if (!aligned) {
+        launch(std::integral_constant<int, 8>{}, std::false_type{});
+      } else if (pieces <= 2) {
+        launch(std::integral_constant<int, 2>{}, std::true_type{});
+      } else if (sizeof(X) == 2 && pieces <= 8) {  // a row a warp
+        launch(std::integral_constant<int, 8>{}, std::true_type{});
       } else if (pieces <= 32) {
-        launch(std::integral_constant<int, 4>{});
+        launch(std::integral_constant<int, 4>{}, std::true_type{});
       } else {
-        launch(std::integral_constant<int, 8>{});
+        launch(std::integral_constant<int, 8>{}, std::true_type{});
       }
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
@@ -379,8 +399,30 @@ Pair rms_norm_backward_cuda(const at::Tensor& grad_any, const at::Tensor& x_any,
           static_cast<int>(width), aligned);
     };
     using One = std::integral_constant<int, 1>;
-    if (pieces <= 8) {
-      launch(One{}, std::integral_constant<int, kRowRuns>{});
+    using Runs = std::integral_constant<int, kRowRuns>;
+    const bool whole = aligned && fits16(write_ptr<X>(grad_x), width);
+    if (std::is_same_v<X, __nv_bfloat16> && whole && pieces <= 32) {
+      if constexpr (std::is_same_v<X, __nv_bfloat16>) {
+        const auto stream_rows = [&](auto slots) {
+          constexpr int kSlots = decltype(slots)::value;
+          const int64_t threads = kWarp * pieces * kSlots;
+          const size_t bytes = stream_shared_bytes(threads, kSlots);
+          int processors = 0, shared = 0;
+          C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device()));
+          C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, x.get_device()));
+          // what a processor holds: registers for 1024 threads, and shared memory, of which 3 KB a block are not ours
+          const int64_t each = std::clamp<int64_t>(shared / static_cast<int64_t>(bytes + 3072), 1, 1024 / threads);
+          const auto kernel = backward_stream_kernel<W, kSlots>;
+          C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+          const dim3 block(kWarp, static_cast<unsigned>(pieces), kSlots);
+          kernel<<<grid_of(groups, each * processors), block, bytes, stream>>>(
+              from_grad, grad.stride(0), from, x.stride(0), factor, read_ptr<A>(rstd), write_ptr<X>(grad_x), write_ptr<A>(partial),
+              rows, groups, static_cast<int>(width));
+        };
+        pieces <= 8 ? stream_rows(Runs{}) : stream_rows(One{});
+      }
+    } else if (pieces <= 8) {
+      launch(One{}, Runs{});
     } else if (pieces <= 32) {
       launch(One{}, One{});
     } else {

@@ -5,7 +5,6 @@
 #include "../common/device.cuh"
 
 #include <cstdint>
-#include <type_traits>
 
 namespace r1mega {
 namespace {
@@ -22,76 +21,69 @@ __device__ __forceinline__ float divide(float a, float b) { return __fdiv_rn(a, 
 __device__ __forceinline__ double divide(double a, double b) { return __ddiv_rn(a, b); }
 __device__ __forceinline__ float root(float a) { return __fsqrt_rn(a); }
 __device__ __forceinline__ double root(double a) { return __dsqrt_rn(a); }
-__device__ __forceinline__ float low_half(uint32_t word) { return __uint_as_float(word << 16); }
-__device__ __forceinline__ float high_half(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ void narrow(float x, float& to) { to = x; }
 __device__ __forceinline__ void narrow(double x, double& to) { to = x; }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void narrow(double x, float& to) { to = static_cast<float>(x); }
 
-// Eight neighbours; 0 from the row's end on. `aligned`: rows are whole eights that 16-byte accesses fit. Numbers of bf16 stay two to a
-// register until they are used.
+// Eight neighbours; 0 from the row's end on. `aligned`: rows are whole eights that 16-byte accesses fit; a constant where it matters,
+// because loads that stand in branches of their own are waited for one by one.
 template <typename T>
 struct Eight {
-  using Wide = std::conditional_t<sizeof(T) == 8, double, float>;
-  static constexpr bool kHalves = sizeof(T) == 2;
-  static constexpr int kCount = kHalves ? kEight / 2 : kEight;
-  using Held = std::conditional_t<kHalves, uint32_t, T>;
-  Held held[kCount];
+  Vector<T, kVector<T>> part[kEight / kVector<T>];
+  __device__ T& operator[](int j) { return part[j / kVector<T>].value[j % kVector<T>]; }
+  __device__ const T& operator[](int j) const { return part[j / kVector<T>].value[j % kVector<T>]; }
 
-  __device__ Wide operator[](int j) const {
-    if constexpr (kHalves) return j % 2 ? high_half(held[j / 2]) : low_half(held[j / 2]);
-    else return held[j];
-  }
-  static __device__ Eight of(const Wide (&value)[kEight]) {
-    Eight result;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if constexpr (kHalves) {
-        const __nv_bfloat162 two = __floats2bfloat162_rn(value[2 * j], value[2 * j + 1]);
-        result.held[j] = static_cast<uint32_t>(__bfloat16_as_ushort(two.y)) << 16 | __bfloat16_as_ushort(two.x);
-      } else {
-        result.held[j] = value[j];
-      }
-    }
-    return result;
-  }
   __device__ void read(const T* from, int left, bool aligned) {
-    if (aligned && left > 0) {
+    if (aligned) {
 #pragma unroll
-      for (int v = 0; v < kCount / kVector<Held>; ++v) {
-        const auto part = load16(reinterpret_cast<const Held*>(from) + v * kVector<Held>);
-#pragma unroll
-        for (int j = 0; j < kVector<Held>; ++j) held[v * kVector<Held> + j] = part.value[j];
+      for (int v = 0; v < kEight / kVector<T>; ++v) {
+        uint4 bits = make_uint4(0, 0, 0, 0);
+        if (left > 0) bits = *reinterpret_cast<const uint4*>(from + v * kVector<T>);
+        memcpy(&part[v], &bits, sizeof(bits));
       }
       return;
     }
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if constexpr (kHalves) {
-        const auto half = [&](int i) { return i < left ? uint32_t(__bfloat16_as_ushort(from[i])) : 0u; };
-        held[j] = half(2 * j) | half(2 * j + 1) << 16;
-      } else {
-        held[j] = j < left ? from[j] : T(0);
-      }
-    }
+    for (int j = 0; j < kEight; ++j) (*this)[j] = j < left ? from[j] : T(0.0f);
   }
   __device__ void write(T* to, int left, bool aligned) const {
-    if (aligned && left > 0) {
+    if (aligned) {
 #pragma unroll
-      for (int v = 0; v < kCount / kVector<Held>; ++v) {
-        Vector<Held, kVector<Held>> part;
-#pragma unroll
-        for (int j = 0; j < kVector<Held>; ++j) part.value[j] = held[v * kVector<Held> + j];
-        store16(reinterpret_cast<Held*>(to) + v * kVector<Held>, part);
+      for (int v = 0; v < kEight / kVector<T>; ++v) {
+        if (left > 0) store16(to + v * kVector<T>, part[v]);
       }
       return;
     }
 #pragma unroll
     for (int j = 0; j < kEight; ++j) {
-      if (j < left) narrow((*this)[j], to[j]);  // exact: it was rounded to T before
+      if (j < left) to[j] = (*this)[j];
     }
   }
 };
+
+// kCount numbers of each lane, combined over kLanes neighbouring lanes: each gets the result for one number, the one of
+// lane % kLanes / (kLanes / kCount). Halves first, as a butterfly over each number would, of which this is the part that is needed.
+template <int kLanes, int kCount, typename T, typename Combine>
+__device__ __forceinline__ T fold(T (&number)[kCount], int lane, Combine combine) {
+  static_assert(kCount <= kLanes);
+  int step = kLanes / 2;
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2, step /= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int k = 0; k < half; ++k) {
+      const T mine = upper ? number[k + half] : number[k], other = upper ? number[k] : number[k + half];
+      number[k] = combine(mine, __shfl_xor_sync(kAllLanes, other, step));
+    }
+  }
+#pragma unroll
+  for (; step > 0; step /= 2) number[0] = combine(number[0], __shfl_xor_sync(kAllLanes, number[0], step));
+  return number[0];
+}
 
 template <typename A>
 __device__ __forceinline__ A sum_of_eight(const A (&a)[kEight]) {

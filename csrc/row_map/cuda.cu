@@ -1,9 +1,9 @@
 // row_map on a GPU, in two launches and without a sort.
 //
 //   mark     for each word of 32 tokens and each expert the 32 bits of who chose it; for each span of tokens their number
-//   number   each block sums the spans before its own (the first row of its tokens) and all spans (the first row of an expert);
-//            a warp then takes a token at a time with its lanes as experts: the row is that base plus the bits before the token's,
-//            the slot the lanes before the expert's
+//   number   each block sums the spans before its own (the first row of its tokens) and all spans (the first row of an expert), and
+//            turns its words, so that a thread has 32 experts of a token: it goes from one that is set to the next; the row is that
+//            base plus the bits of the expert before the token's, the slot the bits of the token before the expert's
 //
 // A span is a multiple of 128 tokens, and there are at most kMostSpans, so that the sums stay small for any number of tokens.
 // All numbers are integers: the same bits each time. Rows outside [0, R) and slots outside the width, which a broken promise can
@@ -54,13 +54,17 @@ __global__ void __launch_bounds__(kTile) mark_kernel(
   for (int64_t tile = first; tile < last; tile += kTile) {
     const int64_t from = tile + word * kWarp;
     if (from >= last) break;
-    uint32_t mask[kExperts] = {};
+    // Byte j of eight[i / 8] gathers expert j's bits of eight tokens; the four words are then turned, byte by byte.
+    uint32_t eight[kWarp / 8] = {}, mask[kExperts];
 #pragma unroll
     for (int i = 0; i < kWarp; ++i) {
       const uint32_t four = from + i < last ? four_of<kWhole>(map + (from + i) * E, e, E) : 0u;
-#pragma unroll
-      for (int j = 0; j < kExperts; ++j) mask[j] |= ((four >> (8 * j)) & 1u) << i;
+      eight[i / 8] |= (four & 0x01010101u) << (i % 8);
     }
+    const uint32_t low01 = __byte_perm(eight[0], eight[1], 0x5140), low23 = __byte_perm(eight[2], eight[3], 0x5140);
+    const uint32_t high01 = __byte_perm(eight[0], eight[1], 0x7362), high23 = __byte_perm(eight[2], eight[3], 0x7362);
+    mask[0] = __byte_perm(low01, low23, 0x5410), mask[1] = __byte_perm(low01, low23, 0x7632);
+    mask[2] = __byte_perm(high01, high23, 0x5410), mask[3] = __byte_perm(high01, high23, 0x7632);
 #pragma unroll
     for (int j = 0; j < kExperts; ++j) {
       if (e + j < E) masks[from / kWarp * E + e + j] = mask[j];
@@ -109,6 +113,18 @@ __device__ __forceinline__ int64_t scan(int64_t value, int64_t* shared, int64_t*
 }
 static_assert(kNumberThreads == kWarp * kWarp, "scan has a lane of one warp for each warp");
 
+// A square of 32 x 32 bits, a row a lane, with rows and columns exchanged.
+__device__ __forceinline__ uint32_t turned(uint32_t row, int lane) {
+  uint32_t low = 0x0000ffffu;
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const uint32_t other = __shfl_xor_sync(kAllLanes, row, step);
+    row = lane & step ? (row & ~low) | ((other >> step) & low) : (row & low) | ((other & low) << step);
+    low ^= low << (step / 2);
+  }
+  return row;
+}
+
 struct Outputs {
   int64_t* counts;
   int32_t* ends;
@@ -116,6 +132,11 @@ struct Outputs {
   int64_t* row_tokens;
   int64_t* token_rows;
 };
+
+// A multiple of `multiple`; both are below 2^31.
+__device__ __forceinline__ int64_t filled_up(uint32_t count, uint32_t multiple) {
+  return multiple == 1 ? count : (count + multiple - 1) / multiple * multiple;
+}
 
 // A block a span. Rows are unsigned: start < 2^31 and fewer than 2^31 tokens before one of an expert do not wrap around.
 __global__ void __launch_bounds__(kNumberThreads) number_kernel(
@@ -126,19 +147,24 @@ __global__ void __launch_bounds__(kNumberThreads) number_kernel(
   uint32_t* totals = next + E;      // [E]: rows of all tokens
   uint32_t* tile_mask = totals + E; // [kWords, E]
   uint32_t* tile_row = tile_mask + kWords * E;
+  uint32_t* token_mask = tile_row + kWords * E;  // [kTile, groups]: 32 experts of a token
   __shared__ int64_t partial[kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   constexpr int kWarps = kNumberThreads / kWarp;
+  const int64_t first = blockIdx.x * span, last = min(T, first + span);
 
+  // Masks of a tile lie one behind the other; the first tile's are on their way while spans are summed.
+  const auto masks_of = [&](int64_t tile) { return min(static_cast<int64_t>(kWords), (last - tile + kWarp - 1) / kWarp) * E; };
+  const uint32_t early = first < last && threadIdx.x < masks_of(first) ? masks[first / kWarp * E + threadIdx.x] : 0u;
   for (int64_t e = threadIdx.x; e < E; e += kNumberThreads) next[e] = totals[e] = 0;
   __syncthreads();
   // Warps share the sums over spans: each takes 32 experts and every `parts`-th span.
-  const int64_t groups = (E + kWarp - 1) / kWarp, parts = max(static_cast<int64_t>(1), kWarps / max(groups, static_cast<int64_t>(1)));
-  for (int64_t work = warp; work < groups * parts; work += kWarps) {
+  const int groups = static_cast<int>((E + kWarp - 1) / kWarp), parts = max(1, kWarps / max(groups, 1));
+  for (int work = warp; work < groups * parts; work += kWarps) {
     const int64_t e = work % groups * kWarp + lane;
     uint32_t before = 0, total = 0;
     if (e < E) {
-#pragma unroll 8
+#pragma unroll 16
       for (int64_t s = work / groups; s < spans; s += parts) {
         const uint32_t count = span_counts[s * E + e];
         total += count;
@@ -153,7 +179,7 @@ __global__ void __launch_bounds__(kNumberThreads) number_kernel(
   int64_t start = 0;  // of the experts of this round
   for (int64_t round = 0; round < E; round += kNumberThreads) {
     const int64_t e = round + threadIdx.x;
-    const int64_t count = e < E ? totals[e] : 0, filled = (count + multiple - 1) / multiple * multiple;
+    const int64_t count = e < E ? totals[e] : 0, filled = filled_up(static_cast<uint32_t>(count), static_cast<uint32_t>(multiple));
     int64_t all;
     const int64_t begin = min(R, start + scan(filled, partial, &all)), end = min(R, begin + filled);
     if (e < E) {
@@ -163,7 +189,7 @@ __global__ void __launch_bounds__(kNumberThreads) number_kernel(
         out.ends[e] = static_cast<int32_t>(end);
       }
       // padding of this expert: one block has it
-      if (e % gridDim.x == blockIdx.x) {
+      if (static_cast<unsigned>(e) % gridDim.x == blockIdx.x) {
         for (int64_t r = begin + count; r < end; ++r) {
           out.row_experts[r] = static_cast<int32_t>(e);
           out.row_tokens[r] = -1;
@@ -178,43 +204,58 @@ __global__ void __launch_bounds__(kNumberThreads) number_kernel(
     out.row_tokens[r] = -1;
   }
 
-  const int64_t first = blockIdx.x * span, last = min(T, first + span);
+  // Lanes that share a token, a power of two: one for each of its groups of 32 experts, or all.
+  const int each = groups <= 1 ? 1 : groups >= kWarp ? kWarp : 1 << (32 - __clz(groups - 1));
+  const int own = lane & (each - 1);
   for (int64_t tile = first; tile < last; tile += kTile) {
+    const int64_t there = masks_of(tile), end = min(last, tile + kTile);
     __syncthreads();  // `next` is there, and the last tile is done with
+    for (int64_t i = threadIdx.x; i < kWords * E; i += kNumberThreads) {
+      tile_mask[i] = i >= there ? 0u : tile == first && i < kNumberThreads ? early : masks[tile / kWarp * E + i];
+    }
+    __syncthreads();
     for (int64_t e = threadIdx.x; e < E; e += kNumberThreads) {
       uint32_t row = next[e];
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
-        const uint32_t mask = tile + w * kWarp < last ? masks[(tile / kWarp + w) * E + e] : 0u;
-        tile_mask[w * E + e] = mask;
         tile_row[w * E + e] = row;
-        row += __popc(mask);
+        row += __popc(tile_mask[w * E + e]);
       }
       next[e] = row;
     }
+    for (int square = warp; square < kWords * groups; square += kWarps) {
+      const int w = square / groups, group = square % groups, e = group * kWarp + lane;
+      token_mask[(w * kWarp + lane) * groups + group] = turned(e < E ? tile_mask[w * E + e] : 0u, lane);
+    }
     __syncthreads();
-    for (int64_t t = tile + warp; t < min(last, tile + kTile); t += kWarps) {
-      const int word = static_cast<int>(t - tile) / kWarp, bit = static_cast<int>(t - tile) % kWarp;
-      const uint32_t *mask = tile_mask + word * E, *row = tile_row + word * E;
+    for (int64_t t_of_warp = tile + warp * (kWarp / each); t_of_warp < end; t_of_warp += kWarps * (kWarp / each)) {
+      const int64_t t = t_of_warp + lane / each;
+      const int place = static_cast<int>(t - tile), word = place / kWarp;
+      const uint32_t earlier = (1u << (place % kWarp)) - 1u;
       int64_t* slots = out.token_rows + t * width;
-      int64_t taken = 0;
-      for (int64_t group = 0; group < E; group += kWarp) {
-        const int64_t e = group + lane;
-        const uint32_t bits = e < E ? mask[e] : 0u;
-        const bool chosen = (bits >> bit) & 1u;
-        const unsigned lanes = __ballot_sync(kAllLanes, chosen);
-        if (chosen) {
-          const int64_t r = row[e] + __popc(bits & ((1u << bit) - 1u));
-          const int64_t slot = taken + __popc(lanes & ((1u << lane) - 1u));
+      int taken = 0;
+      for (int round = 0; round < groups; round += each) {
+        const int group = round + own;
+        uint32_t bits = t < end && group < groups ? token_mask[place * groups + group] : 0u;
+        const int count = __popc(bits);
+        int through = count;
+        for (int step = 1; step < each; step *= 2) {
+          const int before = __shfl_up_sync(kAllLanes, through, step, each);
+          if (own >= step) through += before;
+        }
+        int64_t slot = taken + through - count;
+        taken += __shfl_sync(kAllLanes, through, each - 1, each);
+        for (; bits; bits &= bits - 1, ++slot) {
+          const int e = group * kWarp + __ffs(bits) - 1;
+          const int64_t r = tile_row[word * E + e] + __popc(tile_mask[word * E + e] & earlier);
           if (r < R) {
             out.row_tokens[r] = t;
-            out.row_experts[r] = static_cast<int32_t>(e);
+            out.row_experts[r] = e;
           }
           if (slot < width) slots[slot] = r < R ? r : -1;
         }
-        taken += __popc(lanes);
       }
-      for (int64_t slot = taken + lane; slot < width; slot += kWarp) slots[slot] = -1;
+      for (int64_t slot = t < end ? taken + own : width; slot < width; slot += each) slots[slot] = -1;
     }
   }
 }
@@ -243,7 +284,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> row_map_c
     kernel<<<grid, block, 0, stream>>>(chosen, words, span_counts.mutable_data_ptr<int32_t>(), T, E, span);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  const auto bytes = static_cast<int>((2 + 2 * kWords) * E * sizeof(uint32_t));
+  const auto bytes = static_cast<int>(((2 + 2 * kWords) * E + kTile * ceil_div(E, kWarp)) * sizeof(uint32_t));
   C10_CUDA_CHECK(cudaFuncSetAttribute(number_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   const Outputs out{
       counts.mutable_data_ptr<int64_t>(), ends.mutable_data_ptr<int32_t>(), row_experts.mutable_data_ptr<int32_t>(),

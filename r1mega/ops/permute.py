@@ -38,7 +38,8 @@ def permute(
     chosen. All sums have one order: the same input gives the same bits, forward and backward. Indices are int64.
     """
     row_map = map_rows(routing_map_TE, top_k, multiple)
-    return Permuted(permute_rows(tokens_TD, row_map), permute_probs(probs_TE, row_map), row_map.counts_E, row_map)
+    probs_R = permute_probs(probs_TE, row_map)  # first: what it reads of the map is still in a GPU's cache
+    return Permuted(permute_rows(tokens_TD, row_map), probs_R, row_map.counts_E, row_map)
 
 
 def permute_rows(tokens_TD: torch.Tensor, row_map: RowMap) -> torch.Tensor:
