@@ -1,7 +1,7 @@
 // out[i] += left[rows of i]^T right[rows of i] on Hopper: wgmma on bf16, sums in registers in fp32, one read and one write of `out`.
 //
 // A cluster of two blocks makes 2 x 128 x 256 numbers of one expert: both take the same columns of `right`, of which each loads half
-// and sends it to the other. In a block one thread keeps the stages of 64 batch rows full by the bulk copy engine, two warpgroups
+// and sends it to the other. In a block one thread keeps the stages of 32 batch rows full by the bulk copy engine, two warpgroups
 // multiply. Both operands lie with the batch rows outermost: wgmma reads them transposed, nothing is copied for that. The sums go
 // through shared memory to the copy engine, which adds them to `out` while the next tile is multiplied. A number of out is added to
 // once, and its sum takes the batch rows in their order, so the same input gives the same bits.
@@ -21,8 +21,8 @@ namespace {
 
 constexpr int kTileN = 128;   // rows of out that a block makes: columns of left
 constexpr int kTileK = 256;   // columns of out that a block makes: columns of right
-constexpr int kDepth = 64;    // batch rows of a stage
-constexpr int kStages = 4;
+constexpr int kDepth = 32;    // batch rows of a stage: small, so that more of the stages are on their way while one is multiplied
+constexpr int kStages = 8;
 constexpr int kCluster = 2;
 constexpr int kAtom = 64;     // columns of a 128-byte swizzled piece: 64 bf16
 constexpr int kAtomBytes = kDepth * kAtom * 2;
@@ -31,9 +31,9 @@ constexpr int kRightBytes = kTileK / kAtom * kAtomBytes;
 constexpr int kStageBytes = kLeftBytes + kRightBytes;
 constexpr int kThreads = 384;  // a warpgroup that loads, two that multiply
 constexpr int kMultipliers = 2;
-static_assert(kDepth == 64, "a box of the copy engine is 64 rows, of operands and of out");
+constexpr int kOutRows = 64;      // rows of out that a warpgroup has
 constexpr int kPiece = 32;        // columns of out in a 128-byte swizzled piece: 32 fp32
-constexpr int kPieceBytes = 64 * kPiece * 4;
+constexpr int kPieceBytes = kOutRows * kPiece * 4;
 constexpr int kPiecesHeld = 2;    // pieces of a warpgroup's 64 x 256 sums that have room: one is written, one on its way to out
 constexpr int kOutBytes = kMultipliers * kPiecesHeld * kPieceBytes;
 constexpr int kSharedBytes = kStages * kStageBytes + kOutBytes + 1024;  // and room to start at a multiple of 1024
@@ -314,12 +314,12 @@ Encode encoder() {
   return found;
 }
 
-CUtensorMap map_of(const at::Tensor& matrix, int64_t rows, int64_t columns, cuuint32_t box_columns) {
+CUtensorMap map_of(const at::Tensor& matrix, int64_t rows, int64_t columns, cuuint32_t box_rows, cuuint32_t box_columns) {
   CUtensorMap map;
   const bool wide = matrix.scalar_type() == at::kFloat;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(columns) * (wide ? 4 : 2)};
-  const cuuint32_t box[] = {box_columns, 64}, steps[] = {1, 1};
+  const cuuint32_t box[] = {box_columns, box_rows}, steps[] = {1, 1};
   const CUresult result = encoder()(
       &map, wide ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, matrix.data_ptr(), sizes, strides, box, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -357,8 +357,8 @@ void accumulate_grouped_wgmma(const at::Tensor& out, const at::Tensor& left, con
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(pairs, most) * kCluster);
   if (blocks == 0) return;
   grouped_kernel<<<blocks, kThreads, kSharedBytes, c10::cuda::getCurrentCUDAStream()>>>(
-      map_of(left, left.size(0), N, kAtom), map_of(right, right.size(0), K, kAtom),
-      map_of(out, out.size(0) * N, K, kPiece), ends.const_data_ptr<int32_t>(), shape, static_cast<int>(N));
+      map_of(left, left.size(0), N, kDepth, kAtom), map_of(right, right.size(0), K, kDepth, kAtom),
+      map_of(out, out.size(0) * N, K, kOutRows, kPiece), ends.const_data_ptr<int32_t>(), shape, static_cast<int>(N));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

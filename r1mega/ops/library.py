@@ -140,7 +140,8 @@ def _load_library() -> bool:
             torch.ops.load_library(str(path))
             return True
         except (OSError, RuntimeError) as error:  # another compiler's runtime, or a torch of the same version built in another way
-            why = (str(error).splitlines() or [type(error).__name__])[0]
+            told = error.__cause__ or error  # torch's own words name the file alone, the loader's the reason
+            why = (str(told).splitlines() or [type(told).__name__])[0]
     elif found := build.others(path):
         why = f"the library is built for torch {', '.join(found)}, this is {torch.__version__}"
     _tell(f"no C++ kernels for torch {torch.__version__} ({why}), plain torch does their work")
