@@ -50,6 +50,7 @@ def listed(tree: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_a_new_op_passes_the_test_of_all_ops_and_its_own_test_fails_first(tree) -> None:
     before = listed(tree)
     made = run(tree, "tools/new_op.py", "scale_rows")

@@ -23,17 +23,14 @@ TIED = {"tie_embeddings": True}
 CASES: dict[int, list[Case]] = {
     2: [
         Case("dp2", micro_batch_size=4),
-        Case("dp2_accumulate4", micro_batch_size=1),
         Case("tp2", {"tensor": 2}),
         Case("pp2", {"pipeline": 2}),
         Case("pp2_by_hand", {"pipeline": 2, "stages": "Ettt|ttmL"}),
-        Case("pp2_packed", {"pipeline": 2}, packed=True),
         Case("pp2_interleaved", {"pipeline": 2}, pipeline=schedule("interleaved")),
         Case("pp2_zb1p", {"pipeline": 2}, pipeline=schedule("zb1p")),
         Case("pp2_dualpipev", {"pipeline": 2}, pipeline=schedule("dualpipev")),
         Case("pp2_dualpipev_tied_without_mtp", {"pipeline": 2}, pipeline=schedule("dualpipev"), model=NO_MTP | TIED),
         Case("cp2", {"context": 2}),
-        Case("cp2_ring_packed", {"context": 2, **RING}, packed=True),
         Case("ep2", {"expert": 2}),
         Case("ep2_allgather", {"expert": 2}, dispatcher=dispatch("allgather")),
     ],
@@ -44,7 +41,6 @@ CASES: dict[int, list[Case]] = {
         Case("pp2_ep2", {"pipeline": 2, "expert": 2}),
         Case("tp2_pp2", {"tensor": 2, "pipeline": 2}),
         Case("cp2_ep2", {"context": 2, "expert": 2}),
-        Case("dp2_ep2", {"expert": 2}),
         Case("ep2_etp2", {"expert": 2, "expert_tensor": 2}),
     ],
     8: [Case("pp2_ep2_tp2", {"pipeline": 2, "expert": 2, "tensor": 2})],
@@ -52,6 +48,9 @@ CASES: dict[int, list[Case]] = {
 
 MORE: dict[int, list[Case]] = {
     2: [
+        Case("dp2_accumulate4", micro_batch_size=1),
+        Case("pp2_packed", {"pipeline": 2}, packed=True),
+        Case("cp2_ring_packed", {"context": 2, **RING}, packed=True),
         Case("tp2_packed", {"tensor": 2}, packed=True),
         Case("dp2_packed", packed=True),
         Case("cp2_packed", {"context": 2}, packed=True),
@@ -64,6 +63,7 @@ MORE: dict[int, list[Case]] = {
         Case("cp2_without_query_rank", {"context": 2}, model={"q_lora_rank": None}),
     ],
     4: [
+        Case("dp2_ep2", {"expert": 2}),
         Case("pp4_zb1p", {"pipeline": 4}, pipeline=schedule("zb1p")),
         Case("pp4_accumulate8", {"pipeline": 4}, micro_batch_size=1),
         Case("pp2_zb1p_tp2", {"pipeline": 2, "tensor": 2}, pipeline=schedule("zb1p")),

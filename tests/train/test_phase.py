@@ -78,6 +78,7 @@ def both_exchanges(folder: Path) -> None:
         train(folder, folder / exchange, 2, exchange)
 
 
+@pytest.mark.slow
 def test_a_scaled_down_phase_trains_on_two_context_ranks_as_on_one(folder: Path) -> None:
     close_mesh()
     train(folder, folder / "one", 1)

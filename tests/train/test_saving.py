@@ -254,15 +254,8 @@ pretrain(pretrain_config(data, out, 5, save_every=1, keep_last=9))
 """
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        "write",
-        pytest.param("finish", marks=pytest.mark.slow),
-        pytest.param("manifest", marks=pytest.mark.slow),
-        pytest.param("rename", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["write", "finish", "manifest", "rename"])
 def test_a_kill_at_any_moment_of_a_save_leaves_the_checkpoint_before(train_data: Path, tmp_path: Path, place: str) -> None:
     out = tmp_path / "run"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -397,7 +390,7 @@ def of_two(folder: str, fails: str) -> list:
     return [told, all(torch.equal(tensor, before[name]) for name, tensor in trainee.named_tensors()), names(Path(folder))]
 
 
-@pytest.mark.parametrize("fails", ["", pytest.param("write", marks=pytest.mark.slow), "copy"])
+@pytest.mark.parametrize("fails", ["", pytest.param("write", marks=pytest.mark.slow), pytest.param("copy", marks=pytest.mark.slow)])
 def test_two_ranks_save_together_and_tell_the_same(tmp_path: Path, fails: str) -> None:
     found = run_ranks(of_two, 2, str(tmp_path), fails)
     assert found[0] == found[1] and found[0][1]
