@@ -1,9 +1,7 @@
 // route on Hopper: a warp a token, its scores in registers. The contract: r1mega/ops/route.py.
 //
 // Lanes are dealt to groups: L lanes (a power of two) hold one group, kOwn neighbouring experts each, so that lane order is the order
-// of the experts and of the groups. Scores are compared as integers. Each lane sorts its own once; the largest of the warp's heads is
-// one redux, and the lanes that have it take it off: after top_k rounds it is the least key chosen, and what is chosen follows by one
-// comparison an expert. Only a token with more experts of that key than places ranks them by index.
+// of the experts and of the groups. How they are chosen: choose.cuh.
 //
 // Rows are zeroed 16 bytes a lane before they are computed, and the chosen few written over that. Counts are gathered in shared
 // memory, then by integer atomics, whose order does not matter; the last block to finish sums them up to the offsets. What sets the
@@ -14,14 +12,13 @@
 
 #include <tuple>
 
+#include "choose.cuh"
 #include "device.cuh"
 
 namespace r1mega {
 namespace {
 
 constexpr int kZeroThreads = 256;
-template <int kOwn>
-constexpr bool kFew = kOwn <= 8;  // a lane's experts are sorted, and the next token's are loaded ahead
 template <int kOwn>
 constexpr int kThreads = kFew<kOwn> ? 512 : 256;
 template <int kOwn>
@@ -44,157 +41,12 @@ struct RouteArgs {
   float scale;
 };
 
-template <int kOwn>
-using Mask = std::conditional_t<(kOwn > 32), uint64_t, uint32_t>;
-
-// The largest key of those that are not in `out`.
-template <int kOwn>
-__device__ __forceinline__ uint32_t best_of(const uint32_t (&key)[kOwn], Mask<kOwn> out) {
-  uint32_t best = 0;
-#pragma unroll
-  for (int j = 0; j < kOwn; ++j) best = max(best, (out >> j) & 1 ? 0u : key[j]);
-  return best;
-}
-
-// `out` and the first key of this size that is not in it.
-template <int kOwn>
-__device__ __forceinline__ Mask<kOwn> with_first(const uint32_t (&key)[kOwn], uint32_t size, Mask<kOwn> out) {
-  Mask<kOwn> found = 0;
-#pragma unroll
-  for (int j = kOwn - 1; j >= 0; --j)
-    if (key[j] == size && !((out >> j) & 1)) found = Mask<kOwn>(1) << j;
-  return out | found;
-}
-
-template <typename M>
-__device__ __forceinline__ int num_bits(M mask) {
-  if constexpr (sizeof(M) == 8) return __popcll(mask);
-  return __popc(mask);
-}
-
-// order_key of a score that is not NaN.
-__device__ __forceinline__ uint32_t number_key(float score) {
-  const uint32_t bits = float_bits(score + 0.0f);  // -0 + 0 is 0
-  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
-}
-
-// A lane's keys to be taken largest first. `head`: the largest of those left, 0 when none is.
-template <int kOwn>
-struct Queue {
-  static constexpr int kSlots = !kFew<kOwn> || kOwn == 1 ? kOwn : kOwn == 2 ? 2 : kOwn <= 4 ? 4 : 8;
-  uint32_t slot[kSlots];  // sorted where they are few: the head first
-  Mask<kOwn> out = 0;     // else: those that were taken
-  uint32_t head;
-
-  __device__ __forceinline__ explicit Queue(const uint32_t (&key)[kOwn]) {
-#pragma unroll
-    for (int j = 0; j < kSlots; ++j) slot[j] = j < kOwn ? key[j] : 0u;
-    if constexpr (kFew<kOwn>) {
-      // A bitonic network: runs of `size` are in falling and rising order in turn. Slots that are 0 for good fold away.
-#pragma unroll
-      for (int size = 2; size <= kSlots; size *= 2) {
-#pragma unroll
-        for (int step = size / 2; step > 0; step /= 2) {
-#pragma unroll
-          for (int j = 0; j < kSlots; ++j) {
-            if ((j & step) != 0) continue;
-            const uint32_t more = max(slot[j], slot[j | step]), less = min(slot[j], slot[j | step]);
-            slot[j] = (j & size) == 0 ? more : less;
-            slot[j | step] = (j & size) == 0 ? less : more;
-          }
-        }
-      }
-      head = slot[0];
-    } else {
-      head = best_of<kOwn>(slot, out);
-    }
-  }
-
-  // Takes the head off.
-  __device__ __forceinline__ void take() {
-    if constexpr (kFew<kOwn>) {
-#pragma unroll
-      for (int j = 0; j + 1 < kSlots; ++j) slot[j] = slot[j + 1];
-      slot[kSlots - 1] = 0;
-      head = slot[0];
-    } else {
-      out = with_first<kOwn>(slot, head, out);
-      head = best_of<kOwn>(slot, out);
-    }
-  }
-};
-
-// The sum of the `count` best keys' scores among `lanes` neighbours (a power of two), best first; on each of them.
-template <int kOwn>
-__device__ __forceinline__ float group_score(Queue<kOwn> queue, int lanes, int count) {
-  if (count <= 2) {
-    uint32_t first = queue.head;
-    queue.take();
-    uint32_t second = queue.head;
-    for (int step = 1; step < lanes; step *= 2) {
-      const uint32_t other_first = __shfl_xor_sync(kAllLanes, first, step);
-      const uint32_t other_second = __shfl_xor_sync(kAllLanes, second, step);
-      second = max(min(first, other_first), max(second, other_second));
-      first = max(first, other_first);
-    }
-    return count == 1 ? key_score(first) : key_score(first) + key_score(second);
-  }
-  const int lane = threadIdx.x % kWarp;
-  const unsigned mine = (lanes == kWarp ? kAllLanes : (1u << lanes) - 1) << (lane & ~(lanes - 1));
-  float sum = 0.0f;
-  for (int n = 0; n < count; ++n) {
-    uint32_t most = queue.head;
-    for (int step = 1; step < lanes; step *= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, step));
-    const unsigned having = __ballot_sync(kAllLanes, queue.head == most) & mine;
-    sum = n == 0 ? key_score(most) : sum + key_score(most);
-    if (lane == __ffs(having) - 1) queue.take();
-  }
-  return sum;
-}
-
-// Which of a lane's keys are among the `count` largest of all lanes' (there are so many that are not 0); of equal ones those of the
-// lower lanes, and in a lane the first.
-template <int kOwn>
-__device__ __forceinline__ Mask<kOwn> choose(const uint32_t (&key)[kOwn], Queue<kOwn> queue, bool open, int count) {
-  if (!open) queue.head = 0;
-  uint32_t least;  // of the keys chosen, in the end
-  int taken = 0;
-  do {
-    least = __reduce_max_sync(kAllLanes, queue.head);
-    const bool mine = queue.head == least;
-    taken += __popc(__ballot_sync(kAllLanes, mine));
-    if (mine) queue.take();
-  } while (taken < count);
-
-  Mask<kOwn> chosen = 0;
-#pragma unroll
-  for (int j = 0; j < kOwn; ++j) chosen |= key[j] >= least ? Mask<kOwn>(1) << j : Mask<kOwn>(0);
-  if (!open) chosen = 0;
-  if (taken == count && !__any_sync(kAllLanes, queue.head == least)) return chosen;
-
-  Mask<kOwn> equal = 0;
-#pragma unroll
-  for (int j = 0; j < kOwn; ++j) equal |= key[j] == least ? Mask<kOwn>(1) << j : Mask<kOwn>(0);
-  equal &= chosen;
-  chosen ^= equal;
-  const int lane = threadIdx.x % kWarp, own = num_bits(equal);
-  int up_to = own;  // equal ones of this lane and those before
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int lower = __shfl_up_sync(kAllLanes, up_to, step);
-    if (lane >= step) up_to += lower;
-  }
-  int places = count - warp_sum(num_bits(chosen)) - (up_to - own);
-  for (; equal != 0 && places > 0; equal &= equal - 1, --places) chosen |= equal & (~equal + 1);
-  return chosen;
-}
-
 // The scores and the keys of a token's experts, `value` being logits before; `easy`: no bias is NaN.
 template <int kOwn>
 __device__ __forceinline__ void score_sigmoid(
     float (&value)[kOwn], uint32_t (&key)[kOwn], const float (&bias)[kOwn], bool easy) {
 #pragma unroll
-  for (int j = 0; j < kOwn; ++j) easy = easy && value[j] >= -87.0f;
+  for (int j = 0; j < kOwn; ++j) easy &= value[j] >= -87.0f;
   if (easy) {  // the bits of sigmoid() without its tests: 1 + expf(-x) is below 2^126, so that its inverse is a normal number
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
@@ -278,10 +130,13 @@ __global__ void __launch_bounds__(kThreads<kOwn>, kBlocks<kOwn>) route_kernel(co
   };
   if (kFew<kOwn>) load(t);
   float bias[kOwn];
-  load_own<float, kOwn>(args.bias + own_first, args.bias != nullptr ? held : 0, args.vector, 0.0f, bias);
   bool easy = true;
+  const auto load_bias = [&] {
+    load_own<float, kOwn>(args.bias + own_first, args.bias != nullptr ? held : 0, args.vector, 0.0f, bias);
 #pragma unroll
-  for (int j = 0; j < kOwn; ++j) easy = easy && bias[j] == bias[j];
+    for (int j = 0; j < kOwn; ++j) easy &= bias[j] == bias[j];
+  };
+  if (kFew<kOwn>) load_bias();
   for (int e = threadIdx.x; e < args.E; e += kThreads<kOwn>) count[e] = 0;
   __syncthreads();
 
@@ -297,6 +152,7 @@ __global__ void __launch_bounds__(kThreads<kOwn>, kBlocks<kOwn>) route_kernel(co
     for (int j = 0; j < kOwn; ++j) value[j] = static_cast<float>(ahead[j]);
     if (kFew<kOwn>) load(t + stride);
     if (sigmoids) {
+      if (!kFew<kOwn>) load_bias();  // registers are short
       score_sigmoid<kOwn>(value, key, bias, easy);
     } else {
 #pragma unroll
@@ -378,12 +234,14 @@ __global__ void __launch_bounds__(kThreads<kOwn>, kBlocks<kOwn>) route_kernel(co
   __syncthreads();
   for (int e = threadIdx.x; e < args.E; e += kThreads<kOwn>)
     if (count[e] != 0) atomicAdd(args.counts + e, static_cast<unsigned long long>(count[e]));
-  __threadfence();  // this block's counts are there before it says so
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(args.arrived, 1ull) == gridDim.x - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();  // this block's counts are there before it says so
+    last = atomicAdd(args.arrived, 1ull) == gridDim.x - 1;
+    __threadfence();  // and the others' before they are read
+  }
   __syncthreads();
   if (!last) return;
-  __threadfence();
   write_offsets<kThreads<kOwn>>(args);
 }
 
