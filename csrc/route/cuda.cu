@@ -1,7 +1,7 @@
 // route on Hopper: a warp a token, its scores in registers. The contract: r1mega/ops/route.py.
 //
-// Lanes are dealt to groups: L lanes (a power of two) hold one group, kOwn neighbouring experts each, so that lane order is the order
-// of the experts and of the groups. How they are chosen: choose.cuh.
+// Lanes are dealt to groups: L lanes (a power of two) hold one group, kOwn neighbouring experts each, so that lane order is
+// the order of the experts and of the groups. How they are chosen: choose.cuh.
 //
 // Rows are zeroed 16 bytes a lane before they are computed, and the chosen few written over that. Counts are gathered in shared
 // memory, then by integer atomics, whose order does not matter; the last block to finish sums them up to the offsets. What sets the

@@ -42,8 +42,9 @@ inline void check_device(const char* op, const at::Tensor& logits, int64_t top_k
   TORCH_CHECK_VALUE(
       logits.scalar_type() != at::kDouble, op, ": expected logits of float32 or bfloat16 on a GPU, got ", logits.scalar_type());
   TORCH_CHECK_VALUE(
-      logits.size(1) <= kMostExperts && top_k <= kMostChosen && groups <= kMostGroups, op, ": expected on a GPU at most ", kMostExperts,
-      " experts, a top_k of ", kMostChosen, " and ", kMostGroups, " groups, got ", logits.size(1), ", ", top_k, " and ", groups);
+      logits.size(1) <= kMostExperts && top_k <= kMostChosen && groups <= kMostGroups, op, ": expected on a GPU at most ",
+      kMostExperts, " experts, a top_k of ", kMostChosen, " and ", kMostGroups, " groups, got ", logits.size(1), ", ", top_k,
+      " and ", groups);
 }
 
 // Calls `run` with T and the experts of a lane as constants: one of kMore, or rounded up to a power of two.
