@@ -1,183 +1,177 @@
-// route and route_backward on Hopper: a warp a token, its scores in registers. The contract: r1mega/ops/route.py.
+// route on Hopper: a warp a token, its scores in registers. The contract: r1mega/ops/route.py.
 //
-// Lanes are dealt to groups: L lanes (a power of two) hold one group, kOwn neighbouring experts each, so that lane order is the order
-// of the experts and of the groups. A group's score is a butterfly over L lanes; the best expert of all is one redux over the warp,
-// and the lowest lane that has it is the lowest expert. Counts are gathered in shared memory, then by integer atomics, whose order
-// does not matter; the last block to finish sums them up to the offsets.
+// Lanes are dealt to groups: L lanes (a power of two) hold one group, kOwn neighbouring experts each, so that lane order is
+// the order of the experts and of the groups. How they are chosen: choose.cuh.
+//
+// Rows are zeroed 16 bytes a lane before they are computed, and the chosen few written over that. Counts are gathered in shared
+// memory, then by integer atomics, whose order does not matter; the last block to finish sums them up to the offsets. What sets the
+// counts to zero is a kernel that this one does not wait for until it adds to them.
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "../common/device.cuh"
-#include "op.h"
+#include "choose.cuh"
+#include "device.cuh"
 
 namespace r1mega {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kMostExperts = 1024, kMostChosen = 32, kMostGroups = 32;
+constexpr int kZeroThreads = 256;
+template <int kOwn>
+constexpr int kThreads = kFew<kOwn> ? 512 : 256;
+template <int kOwn>
+constexpr int kBlocks = kFew<kOwn> ? 2 : 1;  // of a processor: 64 registers a thread; few, for each adds its counts at the end
 
 struct RouteArgs {
   const void* logits;  // [T, E]
   const float* bias;   // [E] or null
   void* probs;
   bool* map;
-  unsigned long long* counts;   // [E], 0 at the start
-  unsigned long long* arrived;  // blocks that are done, 0 at the start
+  unsigned long long* counts;   // [E], 0 once zero_counts is done
+  unsigned long long* arrived;  // blocks that are done, 0 as well
   int64_t* offsets;             // [E]
   int64_t T;
   int E, groups, kept, group_size, group_best, top_k;
   int group_lanes;  // L
-  bool vector;      // each lane holds kOwn experts or none, and can move them 16 bytes at a time
+  bool vector;      // no access of a lane's experts is in part
+  bool whole_rows;  // rows of probs and map are pieces of 16 bytes
   Score score;
   float scale;
 };
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-// The numbers that fit one access of at most 16 bytes, of kOwn neighbours.
-template <typename T, int kOwn>
-constexpr int kAtOnce = kOwn < kVector<T> ? kOwn : kVector<T>;
-
-// kOwn neighbours as floats; `held` of them are there, all or none where `vector`.
-template <typename T, int kOwn>
-__device__ __forceinline__ void load_own(const T* from, int held, bool vector, float (&value)[kOwn]) {
-  constexpr int kStep = kAtOnce<T, kOwn>;
-#pragma unroll
-  for (int j = 0; j < kOwn; ++j) value[j] = 0.0f;
-  if (vector) {
-    if (held == 0) return;
-#pragma unroll
-    for (int j = 0; j < kOwn; j += kStep) {
-      const auto part = *reinterpret_cast<const Vector<T, kStep>*>(from + j);
-#pragma unroll
-      for (int i = 0; i < kStep; ++i) value[j + i] = static_cast<float>(part.value[i]);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j)
-      if (j < held) value[j] = static_cast<float>(from[j]);
-  }
-}
-
-template <typename T, int kOwn, typename Of>
-__device__ __forceinline__ void store_own(T* to, int held, bool vector, Of of) {
-  constexpr int kStep = kAtOnce<T, kOwn>;
-  if (vector) {
-    if (held == 0) return;
-#pragma unroll
-    for (int j = 0; j < kOwn; j += kStep) {
-      Vector<T, kStep> part;
-#pragma unroll
-      for (int i = 0; i < kStep; ++i) part.value[i] = of(j + i);
-      *reinterpret_cast<Vector<T, kStep>*>(to + j) = part;
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j)
-      if (j < held) to[j] = of(j);
-  }
-}
-
+// The scores and the keys of a token's experts, `value` being logits before; `easy`: no bias is NaN.
 template <int kOwn>
-using Mask = std::conditional_t<(kOwn > 32), uint64_t, uint32_t>;
-
-// The largest key of those that are not in `out`.
-template <int kOwn>
-__device__ __forceinline__ uint32_t best_of(const uint32_t (&key)[kOwn], Mask<kOwn> out) {
-  uint32_t best = 0;
+__device__ __forceinline__ void score_sigmoid(
+    float (&value)[kOwn], uint32_t (&key)[kOwn], const float (&bias)[kOwn], bool easy) {
 #pragma unroll
-  for (int j = 0; j < kOwn; ++j) best = max(best, (out >> j) & 1 ? 0u : key[j]);
-  return best;
-}
-
-// `out` and the first key of this size that is not in it.
-template <int kOwn>
-__device__ __forceinline__ Mask<kOwn> with_first(const uint32_t (&key)[kOwn], uint32_t size, Mask<kOwn> out) {
-  Mask<kOwn> found = 0;
-#pragma unroll
-  for (int j = kOwn - 1; j >= 0; --j)
-    if (key[j] == size && !((out >> j) & 1)) found = Mask<kOwn>(1) << j;
-  return out | found;
-}
-
-// The sum of the `count` best keys' scores among `lanes` neighbours (a power of two), best first; on each of them.
-template <int kOwn>
-__device__ __forceinline__ float group_score(const uint32_t (&key)[kOwn], int lanes, int count) {
-  if (count <= 2) {
-    uint32_t first = 0, second = 0;
+  for (int j = 0; j < kOwn; ++j) easy &= value[j] >= -87.0f;
+  if (easy) {  // the bits of sigmoid() without its tests: 1 + expf(-x) is below 2^126, so that its inverse is a normal number
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) {
-      second = max(second, min(first, key[j]));
-      first = max(first, key[j]);
+      const float whole = 1.0f + expf(-value[j]);
+      float inverse;
+      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(whole));
+      value[j] = fmaf(inverse, fmaf(-whole, inverse, 1.0f), inverse);
+      key[j] = number_key(value[j] + bias[j]);
     }
-    for (int step = 1; step < lanes; step *= 2) {
-      const uint32_t other_first = __shfl_xor_sync(kAllLanes, first, step);
-      const uint32_t other_second = __shfl_xor_sync(kAllLanes, second, step);
-      second = max(min(first, other_first), max(second, other_second));
-      first = max(first, other_first);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      value[j] = sigmoid(value[j]);
+      key[j] = order_key(value[j] + bias[j]);
     }
-    return count == 1 ? key_score(first) : key_score(first) + key_score(second);
   }
+}
+
+// Zeros from a whole warp; `whole`: in pieces of 16 bytes.
+template <typename T>
+__device__ __forceinline__ void zero_row(T* to, int count, bool whole) {
   const int lane = threadIdx.x % kWarp;
-  const unsigned mine = (lanes == kWarp ? kAllLanes : (1u << lanes) - 1) << (lane & ~(lanes - 1));
-  Mask<kOwn> out = 0;
-  uint32_t own = best_of<kOwn>(key, out);
-  float sum = 0.0f;
-  for (int n = 0; n < count; ++n) {
-    uint32_t most = own;
-    for (int step = 1; step < lanes; step *= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, step));
-    const unsigned having = __ballot_sync(kAllLanes, own == most) & mine;
-    sum = n == 0 ? key_score(most) : sum + key_score(most);
-    if (lane == __ffs(having) - 1) {
-      out = with_first<kOwn>(key, most, out);
-      own = best_of<kOwn>(key, out);
-    }
+  if (whole) {
+    constexpr int kPiece = kVector<T>;
+    for (int i = lane * kPiece; i < count; i += kWarp * kPiece) *reinterpret_cast<Vector<uint32_t, 4>*>(to + i) = {};
+  } else {
+    for (int i = lane; i < count; i += kWarp) to[i] = static_cast<T>(0.0f);
   }
-  return sum;
+}
+
+// Inclusive sums of the counts, by a whole block.
+template <int kThreads>
+__device__ __forceinline__ void write_offsets(const RouteArgs& args) {
+  __shared__ int64_t of_warp[kThreads / kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int64_t before = 0;
+  for (int first = 0; first < args.E; first += kThreads) {
+    const int e = first + static_cast<int>(threadIdx.x);
+    int64_t sum = e < args.E ? static_cast<int64_t>(__ldcg(args.counts + e)) : 0;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int64_t lower = __shfl_up_sync(kAllLanes, sum, step);
+      if (lane >= step) sum += lower;
+    }
+    if (lane == kWarp - 1) of_warp[warp] = sum;
+    __syncthreads();
+    sum += before;
+#pragma unroll
+    for (int w = 0; w < kThreads / kWarp; ++w) {
+      if (w < warp) sum += of_warp[w];
+      before += of_warp[w];
+    }
+    if (e < args.E) args.offsets[e] = sum;
+    __syncthreads();  // of_warp is used again
+  }
+}
+
+__global__ void __launch_bounds__(kZeroThreads) zero_counts(int64_t* counts, int64_t count) {
+  cudaTriggerProgrammaticLaunchCompletion();  // route_kernel may start
+  for (int64_t i = threadIdx.x; i < count; i += kZeroThreads) counts[i] = 0;
 }
 
 template <typename T, int kOwn>
-__global__ void __launch_bounds__(kThreads) route_kernel(const RouteArgs args) {
+__global__ void __launch_bounds__(kThreads<kOwn>, kBlocks<kOwn>) route_kernel(const RouteArgs args) {
+  constexpr int kWarps = kThreads<kOwn> / kWarp;
   __shared__ int count[kMostExperts];
   __shared__ bool last;
-  for (int e = threadIdx.x; e < args.E; e += kThreads) count[e] = 0;
-  __syncthreads();
-
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int group = lane / args.group_lanes, place = (lane % args.group_lanes) * kOwn;  // in the group
   const int held = group < args.groups ? max(0, min(kOwn, args.group_size - place)) : 0;
   const int own_first = held > 0 ? group * args.group_size + place : 0;
+  const bool sigmoids = args.score == Score::kSigmoid;
+  const T absent = static_cast<T>(sigmoids ? 0.0f : -std::numeric_limits<float>::infinity());  // adds nothing to a softmax
+  const int64_t stride = int64_t(gridDim.x) * kWarps;
+  int64_t t = int64_t(blockIdx.x) * kWarps + warp;
 
-  for (int64_t t = int64_t(blockIdx.x) * kWarps + warp; t < args.T; t += int64_t(gridDim.x) * kWarps) {
-    const int64_t at = t * args.E + own_first;
+  T ahead[kOwn];
+  const auto load = [&](int64_t token) {
+    const T* from = static_cast<const T*>(args.logits) + token * args.E + own_first;
+    load_own<T, kOwn>(from, token < args.T ? held : 0, args.vector, absent, ahead);
+  };
+  if (kFew<kOwn>) load(t);
+  float bias[kOwn];
+  bool easy = true;
+  const auto load_bias = [&] {
+    load_own<float, kOwn>(args.bias + own_first, args.bias != nullptr ? held : 0, args.vector, 0.0f, bias);
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) easy &= bias[j] == bias[j];
+  };
+  if (kFew<kOwn>) load_bias();
+  for (int e = threadIdx.x; e < args.E; e += kThreads<kOwn>) count[e] = 0;
+  __syncthreads();
+
+  for (; t < args.T; t += stride) {
+    T* probs = static_cast<T*>(args.probs) + t * args.E;
+    bool* map = args.map + t * args.E;
+    zero_row(probs, args.E, args.whole_rows);
+    zero_row(map, args.E, args.whole_rows);
     float value[kOwn];  // the score that probabilities are made of
     uint32_t key[kOwn];
-    load_own<T, kOwn>(static_cast<const T*>(args.logits) + at, held, args.vector, value);
-    if (args.score == Score::kSigmoid) {
+    if (!kFew<kOwn>) load(t);
 #pragma unroll
-      for (int j = 0; j < kOwn; ++j) {
-        value[j] = sigmoid(value[j]);
-        const float bias = args.bias != nullptr && j < held ? __ldg(args.bias + own_first + j) : 0.0f;
-        key[j] = j < held ? order_key(value[j] + bias) : 0u;
-      }
+    for (int j = 0; j < kOwn; ++j) value[j] = static_cast<float>(ahead[j]);
+    if (kFew<kOwn>) load(t + stride);
+    if (sigmoids) {
+      if (!kFew<kOwn>) load_bias();  // registers are short
+      score_sigmoid<kOwn>(value, key, bias, easy);
     } else {
 #pragma unroll
-      for (int j = 0; j < kOwn; ++j) key[j] = j < held ? order_key(value[j]) : 0u;
+      for (int j = 0; j < kOwn; ++j) key[j] = value[j] == value[j] ? number_key(value[j]) : kNanKey;
     }
+    const auto drop_absent = [&](uint32_t (&of)[kOwn]) {
+      if (held == kOwn) return;
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) of[j] = j < held ? of[j] : 0u;
+    };
+    drop_absent(key);
     if (args.score == Score::kSoftmax) {
       float most = -std::numeric_limits<float>::infinity(), sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kOwn; ++j)
-        if (j < held) most = fmaxf(most, value[j]);  // passes NaN over, which the sum then has
+      for (int j = 0; j < kOwn; ++j) most = fmaxf(most, value[j]);  // passes NaN over, which the sum then has
       most = warp_max(most);
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) {
-        value[j] = j < held ? expf(value[j] - most) : 0.0f;
+        value[j] = expf(value[j] - most);
         sum += value[j];
       }
       const float inverse = 1.0f / warp_sum(sum);
@@ -185,34 +179,25 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteArgs args) {
       for (int j = 0; j < kOwn; ++j) value[j] *= inverse;
     }
 
+    const Queue<kOwn> queue(key);
     bool open = held > 0;  // this lane's experts can be chosen
     if (args.kept < args.groups) {
-      uint32_t own;
+      float score;
       if (args.score == Score::kSoftmax) {
         uint32_t score_key[kOwn];
 #pragma unroll
-        for (int j = 0; j < kOwn; ++j) score_key[j] = j < held ? order_key(value[j]) : 0u;
-        own = order_key(group_score<kOwn>(score_key, args.group_lanes, args.group_best));
+        for (int j = 0; j < kOwn; ++j) score_key[j] = value[j] == value[j] ? number_key(value[j]) : kNanKey;
+        drop_absent(score_key);
+        score = group_score<kOwn>(Queue<kOwn>(score_key), args.group_lanes, args.group_best);
       } else {
-        own = order_key(group_score<kOwn>(key, args.group_lanes, args.group_best));
+        score = group_score<kOwn>(queue, args.group_lanes, args.group_best);
       }
-      int better = 0;  // groups that come before this one
-      for (int other = 0; other < args.groups; ++other) {
-        const uint32_t theirs = __shfl_sync(kAllLanes, own, other * args.group_lanes);
-        better += theirs > own || (theirs == own && other < group);
-      }
-      open = open && better < args.kept;
+      const bool leads = group < args.groups && place == 0;
+      const uint32_t group_key[1] = {leads ? order_key(score) : 0u};
+      const unsigned kept = __ballot_sync(kAllLanes, choose<1>(group_key, Queue<1>(group_key), leads, args.kept) != 0);
+      open = open && ((kept >> (lane - lane % args.group_lanes)) & 1) != 0;
     }
-
-    Mask<kOwn> chosen = 0;
-    uint32_t own = open ? best_of<kOwn>(key, chosen) : 0u;
-    for (int k = 0; k < args.top_k; ++k) {
-      const uint32_t most = __reduce_max_sync(kAllLanes, own);
-      if (lane == __ffs(__ballot_sync(kAllLanes, own == most)) - 1) {
-        chosen = with_first<kOwn>(key, most, chosen);
-        own = best_of<kOwn>(key, chosen);
-      }
-    }
+    const Mask<kOwn> chosen = choose<kOwn>(key, queue, open, args.top_k);
 
     float factor = args.scale;
     if (args.score == Score::kTopkSoftmax) {
@@ -228,140 +213,51 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteArgs args) {
         sum += value[j];
       }
       factor = args.scale / warp_sum(sum);
-    } else if (args.score == Score::kSigmoid && args.top_k > 1) {
+    } else if (sigmoids && args.top_k > 1) {
       float sum = 0.0f;
 #pragma unroll
       for (int j = 0; j < kOwn; ++j)
         if ((chosen >> j) & 1) sum += value[j];
       factor = args.scale / (warp_sum(sum) + 1e-20f);
     }
-    store_own<T, kOwn>(static_cast<T*>(args.probs) + at, held, args.vector, [&](int j) {
-      return static_cast<T>((chosen >> j) & 1 ? value[j] * factor : 0.0f);
-    });
-    store_own<bool, kOwn>(args.map + at, held, args.vector, [&](int j) { return static_cast<bool>((chosen >> j) & 1); });
-    for (Mask<kOwn> left = chosen; left != 0; left &= left - 1) {
-      const int j = kOwn > 32 ? __ffsll(static_cast<long long>(left)) - 1 : __ffs(static_cast<int>(left)) - 1;
+    __syncwarp();  // the zeros before what other lanes write over them
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (!((chosen >> j) & 1)) continue;
+      probs[own_first + j] = static_cast<T>(value[j] * factor);
+      map[own_first + j] = true;
       atomicAdd(&count[own_first + j], 1);
     }
   }
 
+  cudaGridDependencySynchronize();  // the counts are zeroed
   __syncthreads();
-  for (int e = threadIdx.x; e < args.E; e += kThreads)
+  for (int e = threadIdx.x; e < args.E; e += kThreads<kOwn>)
     if (count[e] != 0) atomicAdd(args.counts + e, static_cast<unsigned long long>(count[e]));
-  __threadfence();  // this block's counts are there before it says so
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(args.arrived, 1ull) == gridDim.x - 1;
+  if (threadIdx.x == 0) {
+    __threadfence();  // this block's counts are there before it says so
+    last = atomicAdd(args.arrived, 1ull) == gridDim.x - 1;
+    __threadfence();  // and the others' before they are read
+  }
   __syncthreads();
-  if (!last || warp != 0) return;
-  __threadfence();
-  int64_t before = 0;
-  for (int first = 0; first < args.E; first += kWarp) {
-    const int e = first + lane;
-    int64_t sum = e < args.E ? static_cast<int64_t>(__ldcg(args.counts + e)) : 0;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int64_t lower = __shfl_up_sync(kAllLanes, sum, step);
-      if (lane >= step) sum += lower;
-    }
-    sum += before;
-    if (e < args.E) args.offsets[e] = sum;
-    before = __shfl_sync(kAllLanes, sum, kWarp - 1);
-  }
+  if (!last) return;
+  write_offsets<kThreads<kOwn>>(args);
 }
 
-struct GradArgs {
-  const void *grad, *logits;
-  const bool* map;
-  void* out;
-  int64_t T;
-  int E, top_k;
-  bool vector;
-  Score score;
-  float scale;
-};
-
-// Only chosen experts' gradients and logits are read, but for softmax, which needs all logits.
-template <typename T, int kOwn>
-__global__ void __launch_bounds__(kThreads) route_backward_kernel(const GradArgs args) {
-  const int lane = threadIdx.x % kWarp;
-  const int own_first = min(lane * kOwn, args.E), held = min(kOwn, args.E - own_first);
-  const int64_t first = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  for (int64_t t = first; t < args.T; t += int64_t(gridDim.x) * kWarps) {
-    const int64_t at = t * args.E + own_first;
-    const T* grads = static_cast<const T*>(args.grad) + at;
-    const T* logits = static_cast<const T*>(args.logits) + at;
-    float mask[kOwn], grad[kOwn], value[kOwn];
-    load_own<uint8_t, kOwn>(reinterpret_cast<const uint8_t*>(args.map) + at, held, args.vector, mask);
-    const bool all = args.score == Score::kSoftmax;
-    if (all) load_own<T, kOwn>(logits, held, args.vector, value);
-    float most = -std::numeric_limits<float>::infinity(), sum = 0.0f, dot = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      const bool chosen = mask[j] != 0.0f;
-      grad[j] = chosen ? static_cast<float>(grads[j]) * args.scale : 0.0f;
-      if (!all) value[j] = chosen ? static_cast<float>(logits[j]) : 0.0f;
-      if (all ? j < held : chosen) most = fmaxf(most, value[j]);
-    }
-    const bool sigmoids = args.score == Score::kSigmoid;
-    if (!sigmoids) most = warp_max(most);
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-      const bool counted = all ? j < held : mask[j] != 0.0f;
-      value[j] = !counted ? 0.0f : sigmoids ? sigmoid(value[j]) : expf(value[j] - most);
-      sum += value[j];
-    }
-    const float inverse = 1.0f / (warp_sum(sum) + (sigmoids ? 1e-20f : 0.0f));
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) dot += mask[j] != 0.0f ? grad[j] * (value[j] * inverse) : 0.0f;
-    dot = warp_sum(dot);
-    store_own<T, kOwn>(static_cast<T*>(args.out) + at, held, args.vector, [&](int j) {
-      if (all) return static_cast<T>((grad[j] - dot) * (value[j] * inverse));
-      if (mask[j] == 0.0f) return static_cast<T>(0.0f);
-      if (!sigmoids) return static_cast<T>((grad[j] - dot) * (value[j] * inverse));
-      const float of_score = args.top_k > 1 ? (grad[j] - dot) * inverse : grad[j];
-      return static_cast<T>(of_score * (1.0f - value[j]) * value[j]);
-    });
-  }
-}
-
-void check_device(const char* op, const at::Tensor& logits, int64_t top_k, int64_t groups) {
-  TORCH_CHECK_VALUE(
-      logits.scalar_type() != at::kDouble, op, ": expected logits of float32 or bfloat16 on a GPU, got ", logits.scalar_type());
-  TORCH_CHECK_VALUE(
-      logits.size(1) <= kMostExperts && top_k <= kMostChosen && groups <= kMostGroups, op, ": expected on a GPU at most ", kMostExperts,
-      " experts, a top_k of ", kMostChosen, " and ", kMostGroups, " groups, got ", logits.size(1), ", ", top_k, " and ", groups);
-}
-
-// Calls `run` with T and the experts of a lane, rounded up to a power of two, as constants.
-template <typename Run>
-void with_types(at::ScalarType type, int64_t own, Run run) {
-  const auto sized = [&](auto zero) {
-    using T = decltype(zero);
-    if (own <= 1) return run.template operator()<T, 1>();
-    if (own <= 2) return run.template operator()<T, 2>();
-    if (own <= 4) return run.template operator()<T, 4>();
-    if (own <= 8) return run.template operator()<T, 8>();
-    if (own <= 16) return run.template operator()<T, 16>();
-    if (own <= 32) return run.template operator()<T, 32>();
-    return run.template operator()<T, 64>();  // a number of groups that is not a power of two leaves lanes idle
-  };
-  if (type == at::kFloat) return sized(float{});
-  sized(__nv_bfloat16{});
-}
-
-// Whether lanes of `own` experts are full or empty in groups of `size`, and can be moved 16 bytes at a time.
-bool moves_whole(int own, int64_t size, std::initializer_list<const void*> tensors) {
-  if (size % own != 0) return false;
-  for (const void* tensor : tensors)
-    if (reinterpret_cast<uintptr_t>(tensor) % 16 != 0) return false;
-  return true;
-}
-
-unsigned num_blocks(int64_t tokens) {
-  int device = 0, processors = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  return grid_of(ceil_div(tokens, kWarps), 8 * processors);
+// Launches a kernel that starts when all blocks of the one before have let it, and waits for that one by itself.
+template <typename Kernel>
+void launch_early(Kernel kernel, unsigned blocks, int threads, cudaStream_t stream, const RouteArgs& args) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_cuda(
@@ -376,10 +272,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_cuda(
   const at::Tensor bias = bias_any.has_value() ? bias_any->to(at::kFloat).contiguous() : at::Tensor();
   at::Tensor probs = at::empty({T, E}, logits.options());
   at::Tensor map = at::empty({T, E}, logits.options().dtype(at::kBool));
-  at::Tensor counts_and_arrived = at::empty({E + 1}, logits.options().dtype(at::kLong));  // one memset for both
+  at::Tensor counts_and_arrived = at::empty({E + 1}, logits.options().dtype(at::kLong));  // zeroed as one
   at::Tensor counts = counts_and_arrived.narrow(0, 0, E), offsets = at::empty({E}, counts.options());
   int64_t* totals = counts_and_arrived.mutable_data_ptr<int64_t>();
-  C10_CUDA_CHECK(cudaMemsetAsync(totals, 0, (E + 1) * sizeof(int64_t), stream));
+  zero_counts<<<1, kZeroThreads, 0, stream>>>(totals, E + 1);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 
   int lanes = kWarp;  // of a group
   while (lanes * sizes.groups > kWarp) lanes /= 2;
@@ -401,48 +298,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_cuda(
   args.group_lanes = lanes;
   args.score = sizes.score;
   args.scale = static_cast<float>(scale);
-  with_types(logits.scalar_type(), ceil_div(sizes.group_size, lanes), [&]<typename N, int kOwn>() {
-    args.vector = moves_whole(kOwn, sizes.group_size, {args.logits, args.probs, args.map});
-    route_kernel<N, kOwn><<<num_blocks(T), kThreads, 0, stream>>>(args);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  args.whole_rows = E % 16 == 0 && moves_whole(1, 1, {args.probs, args.map});
+  with_types<5>(logits.scalar_type(), ceil_div(sizes.group_size, lanes), [&]<typename N, int kOwn>() {
+    args.vector = moves_whole(kAtOnce<N, kOwn>, sizes.group_size, {args.logits, args.bias});
+    launch_early(route_kernel<N, kOwn>, num_blocks(T, kThreads<kOwn> / kWarp, kBlocks<kOwn>), kThreads<kOwn>, stream, args);
   });
   return {probs, map, counts, offsets};
 }
 
-at::Tensor route_backward_cuda(
-    const at::Tensor& grad_any, const at::Tensor& logits_any, const at::Tensor& map_any, std::string_view score_function,
-    int64_t top_k, double scale) {
-  const Score score = check_route_backward(grad_any, logits_any, map_any, score_function, top_k);
-  check_device("route_backward", logits_any, top_k, 1);
-  const c10::cuda::CUDAGuard guard(logits_any.device());
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const at::Tensor grad = grad_any.contiguous(), logits = logits_any.contiguous(), map = map_any.contiguous();
-  at::Tensor out = at::empty(logits.sizes(), logits.options());
-  const int64_t T = logits.size(0), E = logits.size(1);
-  if (T == 0) return out;
-  GradArgs args{};
-  args.grad = grad.const_data_ptr();
-  args.logits = logits.const_data_ptr();
-  args.map = map.const_data_ptr<bool>();
-  args.out = out.mutable_data_ptr();
-  args.T = T;
-  args.E = static_cast<int>(E);
-  args.top_k = static_cast<int>(top_k);
-  args.score = score;
-  args.scale = static_cast<float>(scale);
-  with_types(logits.scalar_type(), ceil_div(E, kWarp), [&]<typename N, int kOwn>() {
-    args.vector = moves_whole(kOwn, E, {args.logits, args.map, args.out});
-    route_backward_kernel<N, kOwn><<<num_blocks(T), kThreads, 0, stream>>>(args);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return out;
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(r1mega, CUDA, m) {
-  m.impl("route", route_cuda);
-  m.impl("route_backward", route_backward_cuda);
-}
+TORCH_LIBRARY_IMPL(r1mega, CUDA, m) { m.impl("route", route_cuda); }
 
 }  // namespace r1mega
