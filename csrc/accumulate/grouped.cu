@@ -1,7 +1,7 @@
 // out[i] += left[rows of i]^T right[rows of i] on Hopper: wgmma on bf16, sums in registers in fp32, one read and one write of `out`.
 //
 // A cluster of two blocks makes 2 x 128 x 256 numbers of one expert: both take the same columns of `right`, of which each loads half
-// and sends it to the other. In a block one thread keeps the stages of 32 batch rows full by the bulk copy engine, two warpgroups
+// and sends it to the other. In a block one thread keeps the stages of 64 batch rows full by the bulk copy engine, two warpgroups
 // multiply. Both operands lie with the batch rows outermost: wgmma reads them transposed, nothing is copied for that. The sums go
 // through shared memory to the copy engine, which adds them to `out` while the next tile is multiplied. A number of out is added to
 // once, and its sum takes the batch rows in their order, so the same input gives the same bits.
@@ -21,8 +21,8 @@ namespace {
 
 constexpr int kTileN = 128;   // rows of out that a block makes: columns of left
 constexpr int kTileK = 256;   // columns of out that a block makes: columns of right
-constexpr int kDepth = 32;    // batch rows of a stage: small, so that more of the stages are on their way while one is multiplied
-constexpr int kStages = 8;
+constexpr int kDepth = 64;    // batch rows of a stage
+constexpr int kStages = 4;
 constexpr int kCluster = 2;
 constexpr int kAtom = 64;     // columns of a 128-byte swizzled piece: 64 bf16
 constexpr int kAtomBytes = kDepth * kAtom * 2;
@@ -56,7 +56,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra.uni finished;\n"
       "bra.uni again;\n"
       "finished:\n"
@@ -65,13 +65,14 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
-// Arrive at the same barrier of a block of the cluster.
+// Arrive at the same barrier of a block of the cluster. It follows nothing that this thread wrote: what a stage was read by is wgmma,
+// which has been waited for. (A release at the cluster's scope would be a fence of the whole GPU's memory, a microsecond a stage.)
 __device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t block) {
   asm volatile(
       "{\n"
       ".reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
       "}\n" ::"r"(shared_address(barrier)),
       "r"(block)
       : "memory");

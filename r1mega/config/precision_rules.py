@@ -8,14 +8,18 @@ from r1mega.config.errors import Violation
 from r1mega.config.model import ModelConfig
 from r1mega.config.model_rules import multiples
 from r1mega.config.run import ComputeConfig, ParallelConfig, PrecisionConfig
+from r1mega.config.train import PretrainConfig, SftConfig
 
 BLOCK = 128
 """Numbers of a row that share a scale."""
 
 
 def precision_violations(config: ComputeConfig) -> Iterator[Violation]:
-    """The format of products against that of activations."""
+    """The format of products against that of activations, and against the command."""
     precision = config.precision
+    if precision.products == "fp8" and not isinstance(config, PretrainConfig | SftConfig):
+        key, rule = "precision.products", "plain but for pretrain and sft: the engine that generates has no FP8 yet"
+        yield Violation(key, rule, precision.products, ((key, ("plain",)),))
     if precision.products == "fp8" and precision.dtype != "bf16":
         key, rule = "precision.dtype", "bf16 with precision.products=fp8, whose activations are"
         yield Violation(key, rule, precision.dtype, ((key, ("bf16",)), ("precision.products", ("plain",))))
