@@ -24,7 +24,7 @@ from r1mega.ops.accumulate import accumulate_grouped_, accumulate_product_
 from r1mega.ops.permute import permute_probs, permute_rows
 from r1mega.ops.quantize import BLOCK
 from r1mega.ops.row_map import RowMap, map_rows
-from r1mega.ops.swiglu import swiglu
+from r1mega.ops.swiglu import SWIGLU_BACKWARD, swiglu
 
 
 def _drawn_by_rank(groups) -> contextlib.AbstractContextManager:
@@ -86,7 +86,7 @@ class GroupedExperts(MegatronModule):
         if rows_RD.is_cuda and rows_RD.dtype == torch.bfloat16 and len(rows_RD):
             offsets = tokens_per_expert.to(rows_RD.device).cumsum(0).to(torch.int32)
             hidden = _GroupedLinears.apply(self.weight1, rows_RD, offsets)
-            return _GroupedLinears.apply(self.weight2, swiglu(hidden, probs_R), offsets), None
+            return _ActivatedLinears.apply(self.weight2, hidden, probs_R, offsets), None
         counts = tokens_per_expert.tolist()
         hidden = _Linears.apply(self.weight1, *rows_RD.split(counts))
         inner = [swiglu(part, probs) for part, probs in zip(hidden, probs_R.split(counts), strict=True)]
@@ -208,3 +208,27 @@ class _GroupedLinears(torch.autograd.Function):
             accumulate_grouped_(out, grad, rows, offsets)
 
         return weight_gradient(weight, compute, add) if ctx.needs_input_grad[0] else None, grad_rows, None
+
+
+class _ActivatedLinears(torch.autograd.Function):
+    """SwiGLU, then :class:`_GroupedLinears`: the activation is made again in the backward pass instead of kept (V3 3.3.3)."""
+
+    @staticmethod
+    def forward(ctx, weight, hidden, probs, offsets):
+        ctx.weight = weight
+        ctx.save_for_backward(hidden, probs, offsets)
+        return F.grouped_mm(swiglu(hidden, probs), weight.transpose(1, 2), offs=offsets)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, (hidden, probs, offsets), grad = ctx.weight, ctx.saved_tensors, grad.contiguous()
+        grad_hidden, grad_probs = SWIGLU_BACKWARD.packet(F.grouped_mm(grad, weight.detach(), offs=offsets), hidden, probs)
+
+        def compute() -> torch.Tensor:
+            return F.grouped_mm(grad.t(), swiglu(hidden, probs), offs=offsets)
+
+        def add(out: torch.Tensor) -> None:
+            accumulate_grouped_(out, grad, swiglu(hidden, probs), offsets)
+
+        grad_weight = weight_gradient(weight, compute, add) if ctx.needs_input_grad[0] else None
+        return grad_weight, grad_hidden, grad_probs, None

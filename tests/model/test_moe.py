@@ -169,6 +169,34 @@ def test_the_grouped_kernel_splits_its_gradient_as_autograd_does() -> None:
 
 
 @pytest.mark.parametrize("main_grad", [False, True])
+def test_an_activation_that_is_made_again_gives_the_same_bits(main_grad) -> None:
+    from r1mega.model.experts import _ActivatedLinears, _GroupedLinears
+    from r1mega.ops.swiglu import swiglu
+
+    draw = torch.Generator().manual_seed(0)
+    start, offsets = torch.randn(4, 16, 8, generator=draw).bfloat16(), torch.tensor([3, 3, 8, 12], dtype=torch.int32)
+    results, kept = [], []
+    for call in (
+        lambda weight, hidden, probs: _ActivatedLinears.apply(weight, hidden, probs, offsets),
+        lambda weight, hidden, probs: _GroupedLinears.apply(weight, swiglu(hidden, probs), offsets),
+    ):
+        weight = torch.nn.Parameter(start.clone())
+        if main_grad:
+            weight.main_grad = torch.zeros(4, 16, 8)
+        again = torch.Generator().manual_seed(1)
+        hidden = torch.randn(12, 16, generator=again).bfloat16().requires_grad_()
+        probs = torch.rand(12, generator=again).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.shape) or one, lambda one: one):
+            output = call(weight, hidden, probs)
+        kept.append(None)
+        output.backward(torch.randn(12, 16, generator=again).bfloat16())
+        results.append((output, hidden.grad, probs.grad, weight.main_grad if main_grad else weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    ours, plain = kept[: kept.index(None)], kept[kept.index(None) :]
+    assert (12, 8) not in ours and (12, 8) in plain  # the activation
+
+
+@pytest.mark.parametrize("main_grad", [False, True])
 def test_weight_gradients_can_come_later_and_are_the_same(main_grad) -> None:
     from r1mega.model.gradients import WeightGradients
 

@@ -170,7 +170,7 @@ def test_a_moe_layer_and_a_step_of_a_tiny_model(quick, tmp_path, capsys) -> None
     line = json.loads(capsys.readouterr().out)
     peer = {
         "layers", "experts", "precision", "forward_backward_ms", "step_ms", "tokens_per_second", "tflops_forward_backward",
-        "tflops_step", "loss", "peak_gib",
+        "tflops_step", "loss", "peak_gib", "peak_pass_gib", "peak_update_gib",
     }  # fmt: skip
     assert peer <= line.keys() and line["layers"] == 2 and line["step_ms"] >= line["forward_backward_ms"] > 0
     assert 5 < line["loss"] < 8 and list(step["figures"]) == ["step: tiny, 16 experts, 2 layers, 2 x 1 x 16 tokens, fp32"], (
