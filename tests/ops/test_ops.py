@@ -123,7 +123,7 @@ def test_the_schema_the_fake_and_the_autograd_registration_hold(op, case, device
         before = [arg.clone() if torch.is_tensor(arg) else arg for arg in args]
         torch.library.opcheck(op.packet, tuple(args), test_utils="test_faketensor")
         assert all(same(*pair) for pair in zip(before, args, strict=True) if torch.is_tensor(pair[0]))
-    elif op.backward is None:
+    elif op.backward is None or case is not op.cases[0]:  # how autograd is registered is seen from one case
         torch.library.opcheck(op.packet, tuple(args), test_utils=("test_schema", "test_faketensor"))
     else:
         torch.library.opcheck(op.packet, tuple(differentiable(args)))

@@ -43,7 +43,6 @@ CASES: dict[int, list[Case]] = {
         Case("cp2_ep2", {"context": 2, "expert": 2}),
         Case("ep2_etp2", {"expert": 2, "expert_tensor": 2}),
     ],
-    8: [Case("pp2_ep2_tp2", {"pipeline": 2, "expert": 2, "tensor": 2})],
 }
 
 MORE: dict[int, list[Case]] = {
@@ -78,6 +77,7 @@ MORE: dict[int, list[Case]] = {
         Case("dp4_ep2_allgather", {"expert": 2}, dispatcher=dispatch("allgather"), micro_batch_size=1),
     ],
     8: [
+        Case("pp2_ep2_tp2", {"pipeline": 2, "expert": 2, "tensor": 2}),
         Case("pp2_zb1p_ep2_tp2", {"pipeline": 2, "expert": 2, "tensor": 2}, pipeline=schedule("zb1p")),
         Case("pp2_cp2_ep4", {"pipeline": 2, "context": 2, "expert": 4}),
         Case("pp4_tp2", {"pipeline": 4, "tensor": 2}),
@@ -85,14 +85,14 @@ MORE: dict[int, list[Case]] = {
 }
 
 RESHARDED: dict[int, list[tuple[str, str]]] = {
-    1: [("pp2_ep2_tp2", "one"), ("pp2_dualpipev", "one"), ("ep2_etp2", "one")],
+    1: [("tp2_ep2", "one"), ("pp2_dualpipev", "one"), ("ep2_etp2", "one")],
     2: [
         ("pp4", "tp2"),
         ("ep4", "pp2_interleaved"),
         ("tp2_ep2", "cp2"),
         ("pp2_dualpipev", "dp2"),
         ("cp2_ep2", "pp2_dualpipev"),
-        ("pp2_ep2_tp2", "ep2"),
+        ("tp2_pp2", "ep2"),
     ],
     4: [
         ("dp2", "pp4"),

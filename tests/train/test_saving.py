@@ -97,6 +97,7 @@ def test_what_the_next_step_changes_is_not_in_the_checkpoint(tmp_path: Path, hel
     checkpoint.verify(right)
 
 
+@pytest.mark.slow
 def test_a_run_saves_the_same_beside_and_inside_the_training(train_data: Path, tmp_path: Path) -> None:
     for name, beside in (("async", True), ("sync", False)):
         config = pretrain_config(train_data, tmp_path / name, 4, save_every=1, keep_last=9, async_save=beside)
