@@ -77,7 +77,7 @@ def architectures(text: str) -> tuple[str, ...]:
     """Compute capabilities of a list with commas."""
     found = tuple(part.strip() for part in text.split(","))
     for one in found:
-        if not re.fullmatch(r"\d{1,2}\.\d[af]?", one):
+        if not re.fullmatch(r"\d{1,2}\.\d[af]?", one) or one == "9.0":  # Hopper's own instructions are 9.0a's
             raise ValueError(
                 f"R1MEGA_CUDA_ARCH: compute capabilities with commas between them, as 9.0a or 9.0a,10.0a; got {one!r}; "
                 "use R1MEGA_CUDA_ARCH=9.0a"

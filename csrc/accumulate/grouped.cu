@@ -187,9 +187,17 @@ struct Shape {
   }
 };
 
-__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1) grouped_kernel(
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define R1MEGA_CLUSTER __cluster_dims__(kCluster, 1, 1)
+#else
+#define R1MEGA_CLUSTER
+#endif
+
+// Built for other chips it is empty, and fits_wgmma keeps it from them.
+__global__ void R1MEGA_CLUSTER __launch_bounds__(kThreads, 1) grouped_kernel(
     const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right, const __grid_constant__ CUtensorMap out,
     const int32_t* __restrict__ ends, Shape shape, int N) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t raw[];
   __shared__ uint64_t full[kStages], empty[kStages];
   // the same offset in every block of the cluster: the swizzle repeats after 1024 bytes
@@ -298,6 +306,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1) 
     if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
   cluster_sync();  // a block that has left could still be sent to
+#endif
 }
 
 using Encode = CUresult (*)(

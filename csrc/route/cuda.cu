@@ -105,7 +105,9 @@ __device__ __forceinline__ void write_offsets(const RouteArgs& args) {
 }
 
 __global__ void __launch_bounds__(kZeroThreads) zero_counts(int64_t* counts, int64_t count) {
+#if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();  // route_kernel may start
+#endif
   for (int64_t i = threadIdx.x; i < count; i += kZeroThreads) counts[i] = 0;
 }
 
@@ -230,7 +232,9 @@ __global__ void __launch_bounds__(kThreads<kOwn>, kBlocks<kOwn>) route_kernel(co
     }
   }
 
+#if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();  // the counts are zeroed
+#endif
   __syncthreads();
   for (int e = threadIdx.x; e < args.E; e += kThreads<kOwn>)
     if (count[e] != 0) atomicAdd(args.counts + e, static_cast<unsigned long long>(count[e]));

@@ -15,11 +15,16 @@ BLOCK = 128
 
 
 def precision_violations(config: ComputeConfig) -> Iterator[Violation]:
-    """The format of products against that of activations, and against the command."""
+    """Formats among themselves and against the command."""
     precision = config.precision
     if precision.products == "fp8" and not isinstance(config, PretrainConfig | SftConfig):
         key, rule = "precision.products", "plain but for pretrain and sft: the engine that generates has no FP8 yet"
         yield Violation(key, rule, precision.products, ((key, ("plain",)),))
+    yield from dtype_violations(precision)
+
+
+def dtype_violations(precision: PrecisionConfig) -> Iterator[Violation]:
+    """The format of products against that of activations."""
     if precision.products == "fp8" and precision.dtype != "bf16":
         key, rule = "precision.dtype", "bf16 with precision.products=fp8, whose activations are"
         yield Violation(key, rule, precision.dtype, ((key, ("bf16",)), ("precision.products", ("plain",))))

@@ -30,7 +30,7 @@ from r1mega.config.parallel_rules import (
     whole_model_violations,
     world_size,
 )
-from r1mega.config.precision_rules import precision_violations, width_violations
+from r1mega.config.precision_rules import dtype_violations, precision_violations, width_violations
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RewardConfig, RlConfig
 from r1mega.config.run import ComputeConfig, LogConfig, ParallelConfig
 from r1mega.config.saving_rules import export_violations
@@ -100,6 +100,8 @@ def cross_violations(config: Any) -> Iterator[Violation]:
         yield from _log(config.log)
     if isinstance(config, BenchConfig) and config.bench != "ops":
         yield from model_violations(config.model, ParallelConfig(), 1)
+        yield from dtype_violations(config.precision)
+        yield from width_violations(config.precision, config.model, ParallelConfig())
         if config.bench == "step":
             yield from _length("sequence_length", config.sequence_length, config.model)
     if isinstance(config, PretrainConfig | SftConfig):

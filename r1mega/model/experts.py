@@ -141,7 +141,7 @@ class GroupedExperts(MegatronModule):
         return build
 
     def backward_dw(self) -> None:
-        """Megatron's hook for weight gradients that its own modules put off; ours go through :mod:`r1mega.model.linear`."""
+        """Megatron's hook for weight gradients that its own modules put off; ours go through :mod:`r1mega.model.gradients`."""
 
 
 def _of_local_expert(tokens_per_expert: torch.Tensor, num_rows: int) -> torch.Tensor:

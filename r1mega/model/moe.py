@@ -44,7 +44,7 @@ class MixtureOfExperts(MoELayer):
         self._order: tuple[tuple[int, ...], torch.Tensor] | None = None
 
     def forward(self, hidden_states: torch.Tensor, intermediate_tensors=None, padding_mask: torch.Tensor | None = None):
-        """``[S, B, D]`` to ``([S, B, D], None)``; ``padding_mask``: ``[B, S]``, False for padding, for the balance loss alone."""
+        """``[S, B, D]`` to ``([S, B, D], None)``; ``padding_mask``: ``[B, S]``, True for padding, for balance alone."""
         if intermediate_tensors is not None:
             raise ValueError("model.moe: the layer runs as a whole; got intermediate_tensors of a graph's part; leave them out")
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:

@@ -40,6 +40,12 @@ def _product_reference(out, left, right):
 
 
 def _grouped_reference(out, left, right, ends):
+    if ends.device.type == "cpu":
+        first = 0
+        for own, end in zip(out, ends.tolist(), strict=True):
+            own.addmm_(left[first:end].to(own.dtype).t(), right[first:end].to(own.dtype))
+            first = end
+        return
     # each expert's rows with the others' at 0: no wait for a device that works ahead
     row = torch.arange(len(left), device=out.device)
     first = torch.cat([ends.new_zeros(1), ends])[: len(ends)]
@@ -123,6 +129,7 @@ ACCUMULATE_GROUPED = Op(
         Case("extreme values", _grouped_case((6, 10), 16, 8, scale=1e15)),
         Case("all to one expert", _grouped_case((0, 70, 0, 0), 72, 136)),
         Case("whole tiles", _grouped_case((64, 0, 192, 128), 512, 264)),
+        Case("many tiles", _grouped_case((70, 0, 33, 5, 64, 1, 0, 40, 9, 130, 3, 21), 2304, 520)),
         Case("ragged tiles", _grouped_case((1, 130, 0, 77), 256, 520, behind=50)),
     ),
     dtypes=FP32_BF16,

@@ -61,7 +61,7 @@ def test_a_debug_build_has_symbols_and_no_optimisation(setup) -> None:
     assert made.record.endswith("debug=1")
 
 
-@pytest.mark.parametrize("value", ["hopper", "9", "90a", "9.0a,", "9.0b", "sm_90a", "9.0a;10.0a"])
+@pytest.mark.parametrize("value", ["hopper", "9", "9.0", "90a", "9.0a,", "9.0b", "sm_90a", "9.0a;10.0a"])
 def test_a_wrong_architecture_is_refused_by_name(setup, value) -> None:
     with pytest.raises(
         ValueError, match="R1MEGA_CUDA_ARCH: compute capabilities with commas between them, as 9.0a or 9.0a,10.0a; got "

@@ -34,7 +34,8 @@ class Fp8Experts(torch.autograd.Function):
         hidden = _grouped(rows, quantized(weight1, recipe)[0], row_map, tokens_TD.dtype)
         inner = swiglu_quantize(hidden, None, probs_R, scale)
         answers = _grouped(inner, quantized(weight2, recipe)[0], row_map, tokens_TD.dtype)
-        ctx.save_for_backward(tokens_TD, probs_R, *quantize_rows(hidden, scale), *row_map)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(tokens_TD, probs_R, *quantize_rows(hidden, scale), *row_map)
         ctx.weights, ctx.recipe = (weight1, weight2), recipe
         return unpermute(answers, row_map)
 
@@ -55,7 +56,10 @@ class Fp8Experts(torch.autograd.Function):
         def add2(total: torch.Tensor) -> None:
             accumulate_grouped_(total, permute_rows(grad_TD, row_map), made.activation_RF, ends)
 
-        grads = [weight_gradient(weight, added_to_zero(weight, add), add) for weight, add in ((weight1, add1), (weight2, add2))]
+        grads = [
+            weight_gradient(weight, added_to_zero(weight, add), add) if needed else None
+            for weight, add, needed in ((weight1, add1, ctx.needs_input_grad[2]), (weight2, add2, ctx.needs_input_grad[3]))
+        ]
         return unpermute(grad_rows, row_map), made.grad_probs_R, *grads, None, None
 
 

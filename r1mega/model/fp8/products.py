@@ -13,19 +13,25 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
+from r1mega import device
 from r1mega.config.errors import UserError
 from r1mega.ops.quantize import BLOCK, Quantized
 
 
 @functools.cache
 def deep_gemm() -> ModuleType:
-    """The package of grouped FP8 products. Raises UserError where it is missing."""
+    """The package of grouped FP8 products, and of those that add to fp32. UserError where it, or a Hopper GPU, is missing."""
+    instead = "use precision=bf16"
+    capability = device.gpu_capability()
+    if capability not in (None, "9.0"):
+        raise UserError(f"precision.products: fp8 is for Hopper GPUs, compute capability 9.0; got {capability}; {instead}")
     try:
         import deep_gemm as package
-    except ImportError as error:
+    except Exception as error:  # its import compiles and asserts: whatever it raises, the package is not usable here
+        told = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"precision.products: fp8 takes the experts' products from DeepGEMM; got {type(error).__name__}: {error}; "
-            "pip install 'r1mega[deepgemm]', or use precision=bf16"
+            f"precision.products: fp8 takes products from DeepGEMM; got {type(error).__name__}: {told}; "
+            f"pip install 'r1mega[deepgemm]', or {instead}"
         ) from None
     return package
 

@@ -8,7 +8,7 @@ import torch
 
 from r1mega.config.errors import UserError
 from r1mega.config.model import ModelConfig
-from r1mega.config.precision_rules import width_violations
+from r1mega.config.precision_rules import dtype_violations, width_violations
 from r1mega.config.run import ParallelConfig, PrecisionConfig
 from r1mega.model.experts import GroupedExperts
 from r1mega.model.fp8.linear import fits
@@ -25,13 +25,15 @@ def use_products(
 ) -> None:
     """Set the recipe of every layer that ``precision`` means; a linear layer that is not made of whole blocks keeps its format.
 
-    Raises UserError for experts that are not whole blocks, and on a GPU without DeepGEMM.
+    Raises UserError for another dtype than bf16, for experts that are not whole blocks, and on a GPU without DeepGEMM.
     """
     if precision.products == "plain":
         return
-    faults = list(width_violations(precision, model, parallel))
+    faults = [*dtype_violations(precision), *width_violations(precision, model, parallel)]
     if faults:
         raise UserError("\n".join(map(str, faults)))
+    if any(parameter.is_cuda for stage in stages for parameter in stage.parameters()):
+        deep_gemm()  # on every rank, those without experts too: weight gradients of linear layers are its work as well
     recipe = Recipe(precision.power_of_two_scales)
     for stage in stages:
         for name, module in stage.named_modules():
@@ -41,5 +43,3 @@ def use_products(
                 module.fp8 = recipe if own else None
             elif isinstance(module, GroupedExperts):
                 module.fp8 = recipe
-                if module.weight1.is_cuda:
-                    deep_gemm()

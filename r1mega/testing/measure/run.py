@@ -111,8 +111,10 @@ def _judge(rows: Sequence[Row], found: dict[str, Any], held: dict[str, float], c
     """Raise Failed, a line a fault; without one the figures go to the baseline where that is wanted."""
     lines = [f"{row.name}: failed: {row.fault}" for row in rows if row.fault]
     fallen = results.regressions(found["figures"], held, config.tolerance) if config.check else []
-    if config.check and not fallen:
-        known = [name for name in found["figures"] if name in held]
+    known = [name for name in found["figures"] if name in held]
+    if config.check and not known:
+        lines.append(f"check: a figure that {baseline} has too; got {', '.join(found['figures']) or 'none'}; measure what it has")
+    elif config.check and not fallen:
         print(f"none of {len(known)} figures has fallen by more than {100 * config.tolerance:g}% of {baseline}")
     if lines or fallen:
         raise Failed("\n".join(lines + fallen))
