@@ -91,6 +91,8 @@ RESHARDED: dict[int, list[tuple[str, str]]] = {
         ("ep4", "pp2_interleaved"),
         ("tp2_ep2", "cp2"),
         ("pp2_dualpipev", "dp2"),
+        ("tp2", "pp2_interleaved"),
+        ("cp2", "ep2"),
         ("cp2_ep2", "pp2_dualpipev"),
         ("tp2_pp2", "ep2"),
     ],
@@ -104,6 +106,11 @@ RESHARDED: dict[int, list[tuple[str, str]]] = {
     ],
 }
 """Number of ranks to pairs: the layout that wrote a checkpoint, the one that loads it."""
+
+
+def num_ranks(name: str) -> int:
+    """Ranks of a case of :data:`CASES`, or of ``one``."""
+    return next((world for world, cases in CASES.items() if name in [case.name for case in cases]), 1)
 
 
 def by_name(name: str) -> Case:

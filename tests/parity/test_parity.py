@@ -14,7 +14,7 @@ from r1mega.testing import parity
 from r1mega.testing.parity import Case, differences
 from r1mega.testing.ranks import run_ranks
 from r1mega.train import checkpoint
-from tests.parity.layouts import CASES, MORE, RESHARDED, by_name
+from tests.parity.layouts import CASES, MORE, RESHARDED, by_name, num_ranks
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +40,13 @@ def ran(folder: Path):
     return run
 
 
+def marks(num_ranks: int) -> tuple:
+    """Two cores have time for two ranks."""
+    return (pytest.mark.slow,) if num_ranks > 2 else ()
+
+
 def named(cases: dict[int, list[Case]]):
-    return [pytest.param(world, case, id=case.name) for world, group in cases.items() for case in group]
+    return [pytest.param(world, case, id=case.name, marks=marks(world)) for world, group in cases.items() for case in group]
 
 
 @pytest.mark.parametrize(("world", "case"), named(CASES))
@@ -104,25 +109,35 @@ def reshard(pairs: list[tuple[str, str]], folder: Path) -> None:
 @pytest.fixture(scope="session")
 def resharded(ran):
     """Loads and saves again all pairs of one number of ranks at the first request."""
-    done: set[int] = set()
+    done: set[tuple[int, bool]] = set()
 
-    def run(world: int) -> Path:
-        for size in CASES:
+    def run(world: int, more: bool) -> Path:
+        pairs = [pair for pair in RESHARDED[world] if (most_ranks(world, pair) > 2) == more]
+        for size in sorted({num_ranks(source) for source, _ in pairs}):
             folder = ran(size)
-        if world not in done:
-            run_ranks(reshard, world, RESHARDED[world], folder, timeout_seconds=400)
-            done.add(world)
+        if (world, more) not in done:
+            run_ranks(reshard, world, pairs, folder, timeout_seconds=400)
+            done.add((world, more))
         return folder
 
     return run
 
 
+def most_ranks(world: int, pair: tuple[str, str]) -> int:
+    """Of the two layouts of a pair; ``world``: those of the one that loads."""
+    return max(world, num_ranks(pair[0]))
+
+
 @pytest.mark.parametrize(
     ("world", "source", "target"),
-    [pytest.param(world, *pair, id="-".join(pair)) for world, pairs in RESHARDED.items() for pair in pairs],
+    [
+        pytest.param(world, *pair, id="-".join(pair), marks=marks(most_ranks(world, pair)))
+        for world, pairs in RESHARDED.items()
+        for pair in pairs
+    ],
 )
 def test_a_checkpoint_loads_under_another_layout_bit_for_bit(resharded, world: int, source: str, target: str) -> None:
-    folder = resharded(world)
+    folder = resharded(world, most_ranks(world, (source, target)) > 2)
     before = checkpoint.plain_tensors(checkpoint.resolve(folder / source / "last.run"))
     after = checkpoint.plain_tensors(checkpoint.resolve(folder / f"{source}_to_{target}"))
     assert before.keys() == after.keys() and any(name.startswith("optimizer.state.exp_avg_sq.") for name in before)
