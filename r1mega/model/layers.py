@@ -1,6 +1,9 @@
-"""RMSNorm in Megatron-Core's slots, on ``[..., hidden_size]``."""
+"""RMSNorm in Megatron-Core's slots, on ``[..., hidden_size]``; and a slot for modules that are subclasses of Megatron's."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -9,6 +12,18 @@ from r1mega.ops.rms_norm import rms_norm
 
 LATENT_NORM_EPS = 1e-6
 """Epsilon of the norms on the query and key/value latents: fixed in DeepSeek's and transformers' code, whatever the model's own."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What Megatron's ``build_module`` reads of a ``ModuleSpec``, and none.
+
+    ``TransformerLayer`` asks a ModuleSpec for its class: groups go to Megatron's own classes only, and each subclass is warned of.
+    """
+
+    module: type
+    submodules: Any
+    params: dict[str, Any]
 
 
 class RMSNorm(torch.nn.Module):

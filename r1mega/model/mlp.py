@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
+from r1mega.model.layers import Slot
 from r1mega.ops.swiglu import swiglu
 
 OPTIONS = {
@@ -61,18 +61,6 @@ class SharedMLP(_SwiGLU, SharedExpertMLP):
         return output
 
 
-@dataclass(frozen=True)
-class DenseSpec:
-    """What Megatron's ``build_module`` reads of a ``ModuleSpec``, and none.
-
-    ``TransformerLayer`` asks a ModuleSpec for its class: the tensor group goes to ``MLP`` itself only, and a subclass is warned of.
-    """
-
-    submodules: Any
-    params: dict[str, Any]
-    module: type = DenseMLP
-
-
-def dense_spec(submodules: Any, groups: Any, ffn_size: int) -> DenseSpec:
+def dense_spec(submodules: Any, groups: Any, ffn_size: int) -> Slot:
     """The slot ``mlp`` of a dense layer. ``submodules``: Megatron's ``MLPSubmodules``; ``groups``: its process groups."""
-    return DenseSpec(submodules, {"tp_group": groups.tp, "ffn_hidden_size": ffn_size})
+    return Slot(DenseMLP, submodules, {"tp_group": groups.tp, "ffn_hidden_size": ffn_size})

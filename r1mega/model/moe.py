@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from r1mega.mesh import Axis
 from r1mega.model.dispatch.choices import AllToAll
 from r1mega.model.dispatch.contract import ExpertRanks
+from r1mega.model.layers import Slot
 from r1mega.model.router import Router, check_router
 
 REFUSED = ("moe_latent_size", "moe_shared_expert_overlap", "moe_router_padding_for_quantization")
@@ -75,21 +75,9 @@ class MixtureOfExperts(MoELayer):
         return probs_TE.index_select(1, order), routing_map_TE.index_select(1, order)
 
 
-@dataclass(frozen=True)
-class _Spec:
-    """What Megatron's ``build_module`` reads of a ``ModuleSpec``, and none.
-
-    ``TransformerLayer`` asks a ModuleSpec for its class: groups go to ``MoELayer`` itself only, and each subclass is warned of.
-    """
-
-    submodules: Any
-    params: dict[str, Any]
-    module: type = field(default=MixtureOfExperts)
-
-
-def mixture_spec(submodules: Any, groups: Any, dispatcher: Any = None) -> _Spec:
+def mixture_spec(submodules: Any, groups: Any, dispatcher: Any = None) -> Slot:
     """The slot ``mlp`` of a MoE layer. ``submodules``: Megatron's ``MoESubmodules``; ``groups``: its ``ProcessGroupCollection``."""
-    return _Spec(submodules, {"pg_collection": groups, "dispatcher": dispatcher})
+    return Slot(MixtureOfExperts, submodules, {"pg_collection": groups, "dispatcher": dispatcher})
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

@@ -22,7 +22,7 @@ from r1mega.model.build import build_stages, transformer_config
 from r1mega.model.fp8.use import use_products
 from r1mega.model.fp8.weights import kept_weights
 from r1mega.train import gradients
-from r1mega.train.adamw import use_moments
+from r1mega.train.adamw import AdamW, use_moments
 from r1mega.train.pipeline.run import Executor
 from r1mega.train.pipeline.schedule import Pipeline
 from r1mega.train.stages import Stages
@@ -136,8 +136,10 @@ class Trainee:
             if not isinstance(inner, torch.optim.Adam) or inner.state:
                 continue
             for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
-                dtype = getattr(inner, "moment_dtype", parameter.dtype)
-                zero = {name: torch.zeros_like(parameter, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
+                if isinstance(inner, AdamW):
+                    inner.allocate(parameter)
+                    continue
+                zero = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 inner.state[parameter] = {"step": torch.tensor(0.0), **zero}
 
     @property

@@ -41,7 +41,7 @@ def quick(monkeypatch):
     return held
 
 
-def test_the_benches_of_the_package_are_found_and_each_runs_on_inputs_of_its_own() -> None:
+def test_the_benches_of_the_package_are_found_and_each_has_its_own_name_torch_as_a_peer_and_its_work() -> None:
     found = cases.all_benches()
     assert len({(one.op, one.case) for one in found}) == len(found)
     assert cases.all_benches("no such op") == []
@@ -147,6 +147,9 @@ def test_the_command_measures_keeps_and_compares(quick, tmp_path, capsys) -> Non
     base.write_text(json.dumps({"figures": {"double: 8 numbers": 1e-9}}))
     assert cli.main(["bench", *words, "check=true"]) == 0
     assert "none of 1 figures has fallen by more than 10%" in capsys.readouterr().out
+    base.write_text(json.dumps({"figures": {"another": 1.0}}))  # nothing to compare is no success
+    assert cli.main(["bench", *words, "check=true"]) == 1
+    assert capsys.readouterr().err.startswith("check: a figure that ")
 
 
 def test_an_op_of_ours_that_fails_is_told_after_the_others(quick, tmp_path, capsys) -> None:

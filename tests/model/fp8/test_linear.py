@@ -96,8 +96,8 @@ def test_only_whole_blocks_fit() -> None:
     assert fits((256, 128)) and fits((4, 256, 128)) and not fits((576, 7168)) and not fits((128, 64))
 
 
-def of_a_rank() -> tuple[bool, bool, bool]:
-    """Column-parallel with its input's rows spread over two ranks, against one rank with all rows."""
+def of_a_rank() -> tuple[bool, ...]:
+    """Column-parallel on two ranks against one: the input's rows spread over the ranks, or all rows on both."""
     dist.init_process_group("gloo")
     rank, group = dist.get_rank(), dist.group.WORLD
     x, start = draw(192, 2, 128, seed=1), draw(128, 128, seed=2)  # the same weight on both ranks
@@ -110,9 +110,14 @@ def of_a_rank() -> tuple[bool, bool, bool]:
     found.backward(draw(*found.shape, seed=9))
     both = 2 * grad_x[96 * rank : 96 * (rank + 1)].float()  # both ranks give the same part
     result = torch.equal(found, out), torch.equal(shared.main_grad, alone.main_grad), torch.equal(own.grad.float(), both)
+    whole, third = x[:50].detach().requires_grad_(), torch.nn.Parameter(start.clone())  # 100 rows: not whole blocks
+    out, grad_x = run(x[:50], torch.nn.Parameter(start.clone()))
+    found = Fp8Linear.apply(whole, third, True, False, group, Recipe())
+    found.backward(draw(*found.shape, seed=9))
+    result += torch.equal(found, out), torch.equal(whole.grad.float(), 2 * grad_x.float())  # both ranks' parts are summed
     dist.destroy_process_group()
     return result
 
 
-def test_rows_that_are_spread_over_ranks_are_gathered_in_fp8_and_give_the_same_bits() -> None:
-    assert run_ranks(of_a_rank, 2) == [(True, True, True)] * 2
+def test_two_ranks_gather_rows_in_fp8_or_sum_gradients_and_give_the_bits_of_one() -> None:
+    assert run_ranks(of_a_rank, 2) == [(True,) * 5] * 2
