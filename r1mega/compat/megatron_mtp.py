@@ -9,6 +9,9 @@ Versions: megatron-core 0.16.1.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 _tokens: torch.Tensor | None = None
@@ -48,3 +51,16 @@ def take(device: torch.device) -> torch.Tensor:
     total = torch.stack(_sums).sum(0) if _sums else torch.zeros(2, dtype=torch.float64, device=device)
     _sums.clear()
     return total
+
+
+@contextlib.contextmanager
+def scaled(share: float) -> Iterator[None]:
+    """Inside, what goes back from MTP's losses is multiplied by ``share``, as the caller multiplies the main loss (Megatron's knob)."""
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+    before = MTPLossAutoScaler.main_loss_backward_scale
+    MTPLossAutoScaler.set_loss_scale(share)
+    try:
+        yield
+    finally:
+        MTPLossAutoScaler.set_loss_scale(before)

@@ -1,4 +1,4 @@
-"""What gradients need after the backward passes: sums over the axes, the embedding's two copies, expert biases, the division.
+"""What gradients need after the backward passes: sums over the axes, the embedding's two copies, expert biases.
 
 In: this rank's stages in Megatron's DDP, whose buffers hold sums over microbatches. Out: the same buffers, ready for the optimizer.
 """
@@ -41,16 +41,14 @@ class EmbeddingCopy:
             dist.all_reduce(self._weight.main_grad, group=self._group)
 
 
-def finalize(model: torch.nn.Module, mesh: Mesh, copy: EmbeddingCopy, count: int) -> None:
-    """Sum over data and context (to the optimizer's shards), tensor ranks and the embedding's copies, and divide by ``count``.
+def finalize(model: torch.nn.Module, mesh: Mesh, copy: EmbeddingCopy) -> None:
+    """Sum over data and context (to the optimizer's shards), tensor ranks and the embedding's copies.
 
-    ``model``: Megatron's DDP over this rank's stages; ``count``: items of the global batch that the loss is a sum of.
+    ``model``: Megatron's DDP over this rank's stages.
     """
     copy.sum_gradients()  # first: behind the sums over data each rank's buffer is right in its own shard alone
     model.finish_grad_sync()
     _sum_over_tensor(model, mesh)
-    if count:
-        model.scale_gradients(1.0 / torch.tensor(count, dtype=torch.int, device=mesh.device.torch_device))
 
 
 def _sum_over_tensor(model: torch.nn.Module, mesh: Mesh) -> None:

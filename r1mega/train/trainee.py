@@ -1,7 +1,8 @@
 """A model under training: this rank's stages in Megatron's DDP with its distributed optimizer, and a pipeline's schedule.
 
 ``Trainee.step`` takes this rank's microbatches and a loss and makes one optimizer step; pretraining, SFT and RL share it. The loss
-of a microbatch is a sum; gradients are divided by the sum of the microbatches' counts over all ranks: no split changes them.
+of a microbatch is a sum; what goes back from it is divided by the sum of the microbatches' counts over all ranks: no split changes
+the gradients, and their buffers need no division of their own.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ class Trainee:
         self._forget_side_losses()
         biases = [(bias, bias.clone()) for _, bias in self._expert_biases()]  # updated with the gradients, before the judgement
         total, count, stats = self._run(microbatches, forward, loss, forward_only=False)
-        load = self._finalize(count)
+        load = self._finalize()
         mean = total / max(count, 1)
         self._judged = lambda norm: self._agreed(judge(mean, norm))
         self.optimizer.step()
@@ -215,17 +216,20 @@ class Trainee:
         return total / max(count, 1), count
 
     def _run(self, microbatches, forward, loss, *, forward_only: bool) -> tuple[float, int, dict[str, float]]:
-        weights = self._balance_weights(microbatches)
+        items, rows = self._global_batch(microbatches)
+        share = 1.0 / max(items, 1)
 
         def forward_one(stage, batch):
-            with megatron_balance.items(weights[id(batch)]):
+            # the balance loss of a microbatch weighs by its rows: each sequence of the global batch the same (V3 2.1.2), however
+            # many of its tokens are learnt
+            with megatron_balance.items(len(batch.tokens_BS) / rows):
                 return forward(stage, batch)
 
         def loss_of(output, batch):
             value, items, stats = loss(output, batch)
-            return value, (float(value.detach()), items, stats)
+            return value * share, (float(value.detach()), items, stats)
 
-        with kept_weights():  # no weight changes between the microbatches of a step
+        with kept_weights(), megatron_mtp.scaled(share):  # no weight changes between the microbatches of a step
             kept = self.executor.run(microbatches, forward_one, loss_of, forward_only=forward_only)
         names = self._stat_names(kept)
         sums = [
@@ -235,28 +239,24 @@ class Trainee:
         ]
         sums = torch.tensor(sums, dtype=torch.float64, device=self.mesh.device.torch_device)
         values = self.mesh.sum(sums, "data", "context", "pipeline").tolist()
-        return values[0], int(values[1]), dict(zip(names, values[2:], strict=True))
+        if values[1] != items:
+            raise ValueError(f"loss: expected as many items as the batches count, {items}, got {int(values[1])}")
+        return values[0], items, dict(zip(names, values[2:], strict=True))
 
-    def _balance_weights(self, microbatches: list[Any]) -> dict[int, float]:
-        """What the balance loss of each microbatch weighs beside its sum of losses: the step's items, shared out by rows.
-
-        So each sequence of the global batch weighs the same (V3 2.1.2), however many of its tokens are learnt. A batch that does
-        not count its items has divided by its own count: its loss is one item.
-        """
-        items = torch.tensor(
-            [[getattr(batch, "num_learnt", 1), len(batch.tokens_BS)] for batch in microbatches], dtype=torch.float64
-        )
-        total, rows = self.mesh.sum(items.sum(0).to(self.mesh.device.torch_device)).tolist()
-        return {id(batch): total * len(batch.tokens_BS) / rows for batch in microbatches}
+    def _global_batch(self, microbatches: list[Any]) -> tuple[int, int]:
+        """Items of the loss and rows of all data ranks' microbatches. A batch that does not count its items is one item."""
+        mine = torch.tensor([[getattr(batch, "num_learnt", 1), len(batch.tokens_BS)] for batch in microbatches], dtype=torch.int64)
+        items, rows = self.mesh.sum(mine.sum(0).to(self.mesh.device.torch_device)).tolist()
+        return items, rows
 
     def _stat_names(self, kept: list[tuple[float, int, dict[str, float]]]) -> list[str]:
         """Names of the loss's statistics, on the ranks without a loss too."""
         names = sorted(kept[0][2]) if kept else []
         return max(self.mesh.gather_objects(names, "pipeline"), key=len)
 
-    def _finalize(self, count: int) -> list[list[float]]:
+    def _finalize(self) -> list[list[float]]:
         """Make the gradients ready and move the expert biases; the load of the model's decoder layers, all stages'."""
-        gradients.finalize(self.model, self.mesh, self.embedding_copy, count)
+        gradients.finalize(self.model, self.mesh, self.embedding_copy)
         routers = self.routers()
         counts_LE = gradients.update_expert_biases(routers, self.mesh, self.config.moe_router_bias_update_rate)
         biased = [router for router in routers if router.enable_expert_bias]
