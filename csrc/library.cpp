@@ -19,6 +19,8 @@ TORCH_LIBRARY(r1mega, m) {
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] copies, "
       "Tensor step, float lr, float beta1, float beta2, float eps, float weight_decay, float? grad_scale) "
       "-> ()");
+  m.def("cross_entropy(Tensor logits, Tensor targets, SymInt first) -> (Tensor log_sum, Tensor target)");
+  m.def("cross_entropy_backward_(Tensor(a!) logits, Tensor targets, Tensor log_sum, Tensor grad, SymInt first) -> ()");
   m.def(
       "mla_rope(Tensor query, Tensor key_value, Tensor shared_key, Tensor cos, Tensor sin, SymInt nope) "
       "-> (Tensor turned_query, Tensor key, Tensor value)");

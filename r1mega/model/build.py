@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -33,6 +32,7 @@ from r1mega.config.run import ParallelConfig
 from r1mega.config.stages import StagePlan, plan
 from r1mega.model.attention import EXCHANGES, CoreAttention, LatentAttention
 from r1mega.model.experts import GroupedExperts
+from r1mega.model.head import Head, LanguageModel
 from r1mega.model.layers import LatentRMSNorm, RMSNorm
 from r1mega.model.linear import split_weight_gradients
 from r1mega.model.mlp import SharedMLP, dense_spec
@@ -185,7 +185,7 @@ def build_stages(
     placement: tuple[tuple[int, ...], ...] = ((0,),),
     stages: str | None = None,
     dispatcher: Any = None,
-) -> list[GPTModel]:
+) -> list[LanguageModel]:
     """This rank's stages, in the order of ``placement``'s entry for its place on the pipeline axis.
 
     ``stages``: see ``parallel.stages``; ``dispatcher``: a choice, None for all-to-all. A stage that needs the embedding's weight
@@ -212,7 +212,7 @@ def build_stages(
     return built
 
 
-def _build_stage(model: ModelConfig, config, groups, dispatcher, stage: StagePlan, chunk: int | None) -> GPTModel:
+def _build_stage(model: ModelConfig, config, groups, dispatcher, stage: StagePlan, chunk: int | None) -> LanguageModel:
     first, end = stage.first_layer, stage.first_layer + stage.num_layers
     layers = [_layer(config, groups, dispatcher, moe=index >= model.first_k_dense) for index in range(first, end)]
     block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
@@ -222,7 +222,7 @@ def _build_stage(model: ModelConfig, config, groups, dispatcher, stage: StagePla
         spec = _layer(config, groups, dispatcher, moe=model.num_layers > model.first_k_dense)
         mtp = get_gpt_mtp_block_spec_for_backend(config, spec, _OurNorms(), vp_stage=chunk, pp_rank=groups.pp.rank())
     with on_meta() if config.init_model_with_meta_device else contextlib.nullcontext():
-        built = GPTModel(
+        built = LanguageModel(
             config=config,
             transformer_layer_spec=block,
             vocab_size=model.vocab_size,
@@ -237,13 +237,15 @@ def _build_stage(model: ModelConfig, config, groups, dispatcher, stage: StagePla
             vp_stage=chunk,
         )
     split_weight_gradients(built)
+    if stage.head:
+        built.output_layer.__class__ = Head
     if stage.head and model.tie_embeddings and stage.mtp and not stage.embedding:
         built.output_layer.weight = None  # the copy of the embedding serves head and MTP alike; Megatron makes one more
     built.vocab_padding = model.vocab_padding  # columns that r1mega.model.forward.logits drops
     return built
 
 
-def _take_embedding(part: GPTModel, first: GPTModel) -> None:
+def _take_embedding(part: LanguageModel, first: LanguageModel) -> None:
     """Let ``part`` use the weight of the embedding that lies on the same rank."""
     if part.mtp_process:
         part.embedding = first.embedding
@@ -252,7 +254,7 @@ def _take_embedding(part: GPTModel, first: GPTModel) -> None:
 
 
 @contextlib.contextmanager
-def without_mtp(model: GPTModel) -> Iterator[None]:
+def without_mtp(model: LanguageModel) -> Iterator[None]:
     """Inside, the model computes the main head alone; Megatron's MTP wants labels, which scoring and RL do not have."""
     held = model.config.mtp_num_layers, getattr(model, "mtp_process", False)
     model.config.mtp_num_layers, model.mtp_process = None, False

@@ -24,7 +24,7 @@ class _SplitLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.weight_parameter = weight
         ctx.sum_input_grad, ctx.gathers, ctx.group = sum_input_grad, gathers, group
-        return torch.matmul(_gathered(x, group) if gathers else x, weight.t())
+        return torch.matmul(gathered(x, group) if gathers else x, weight.t())
 
     @staticmethod
     def backward(ctx, grad):
@@ -40,7 +40,7 @@ class _SplitLinear(torch.autograd.Function):
             dist.all_reduce(grad_x, group=group)
 
         def rows() -> tuple[torch.Tensor, torch.Tensor]:
-            whole = _gathered(x, group) if gathers else x
+            whole = gathered(x, group) if gathers else x
             return grad.reshape(-1, grad.shape[-1]), whole.reshape(-1, whole.shape[-1])
 
         def compute() -> torch.Tensor:
@@ -54,7 +54,7 @@ class _SplitLinear(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
-def _gathered(x_SBD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def gathered(x_SBD: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The whole sequence, of which each tensor rank holds a part."""
     whole = torch.empty((x_SBD.shape[0] * group.size(), *x_SBD.shape[1:]), dtype=x_SBD.dtype, device=x_SBD.device)
     dist.all_gather_into_tensor(whole, x_SBD.contiguous(), group=group)
