@@ -66,16 +66,16 @@ class _Losses(torch.autograd.Function):
         rows, labels = logits_SBV.reshape(-1, logits_SBV.shape[-1]), labels_SB.view(-1)
         ctx.first = group.rank() * rows.shape[1]
         log_sum, target = _over_ranks(*cross_entropy(rows, labels, ctx.first), group)
-        ctx.save_for_backward(rows, labels, log_sum)
-        ctx.shape = logits_SBV.shape
+        ctx.save_for_backward(logits_SBV, labels, log_sum)
         return (log_sum - target).view(labels_SB.shape)
 
     @staticmethod
     def backward(ctx, grad_SB):
-        rows, labels, log_sum = ctx.saved_tensors
+        logits_SBV, labels, log_sum = ctx.saved_tensors
+        rows = logits_SBV.reshape(-1, logits_SBV.shape[-1])
         cross_entropy_backward_(rows, labels, log_sum, grad_SB.reshape(-1).to(log_sum.dtype), ctx.first)
-        torch.autograd.graph.increment_version(rows)  # who goes back a second time is told, by torch
-        return rows.view(ctx.shape), None, None
+        torch.autograd.graph.increment_version(logits_SBV)  # who goes back a second time is told, by torch
+        return rows.view(logits_SBV.shape), None, None
 
 
 class _FusedLosses(torch.autograd.Function):

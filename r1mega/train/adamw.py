@@ -81,12 +81,14 @@ class AdamW(torch.optim.AdamW):
 def use_moments(optimizer: Any, moment_dtype: torch.dtype) -> None:
     """Let a Megatron optimizer, or each of a chain, step as our :class:`AdamW` in the place of torch's; before its first step.
 
-    The object stays the same one: Megatron holds it, its groups and their weights in several places. Raises UserError for another
-    optimizer inside (Transformer Engine's, Apex's).
+    The object stays the same one: Megatron holds it, its groups and their weights in several places. Another optimizer inside
+    (Transformer Engine's, Apex's, which Megatron takes where they are installed) stays with fp32 moments; for others UserError.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
         if inner is None:  # a rank without weights of this kind
+            continue
+        if type(inner) is not torch.optim.AdamW and moment_dtype == torch.float32:
             continue
         if type(inner) is not torch.optim.AdamW or inner.state:
             raise UserError(

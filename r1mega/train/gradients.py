@@ -47,7 +47,9 @@ def finalize(model: torch.nn.Module, mesh: Mesh, copy: EmbeddingCopy) -> None:
     ``model``: Megatron's DDP over this rank's stages.
     """
     copy.sum_gradients()  # first: behind the sums over data each rank's buffer is right in its own shard alone
-    model.finish_grad_sync()
+    for group in (*model.bucket_groups, *model.expert_parallel_bucket_groups):
+        if group.intra_distributed_optimizer_instance_size > 1:  # of one rank NCCL copies the whole buffer onto itself
+            group.finish_grad_sync()
     _sum_over_tensor(model, mesh)
 
 

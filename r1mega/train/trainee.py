@@ -115,8 +115,7 @@ class Trainee:
             use_distributed_optimizer=True,
         )
         self.optimizer = get_megatron_optimizer(config, [self.model])
-        if optim.moment_dtype != "fp32":
-            use_moments(self.optimizer, DTYPES[optim.moment_dtype])
+        use_moments(self.optimizer, DTYPES[optim.moment_dtype])
         # Between the gradient norm and the update stands the judge: both calls are Megatron's own step's.
         norm, update = self.optimizer.get_grad_norm, self.optimizer.step_with_ready_grads
 
@@ -131,17 +130,13 @@ class Trainee:
         self.optimizer.get_grad_norm, self.optimizer.step_with_ready_grads = noted_norm, update_if_sound
 
     def allocate_moments(self) -> None:
-        """Give a fresh torch optimizer its (zero) moments: Megatron loads a checkpoint into moments that are there."""
+        """Give a fresh optimizer of ours its (zero) moments: Megatron loads a checkpoint into moments that are there."""
         for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             inner = part.optimizer
-            if not isinstance(inner, torch.optim.Adam) or inner.state:
+            if not isinstance(inner, AdamW) or inner.state:
                 continue
             for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
-                if isinstance(inner, AdamW):
-                    inner.allocate(parameter)
-                    continue
-                zero = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                inner.state[parameter] = {"step": torch.tensor(0.0), **zero}
+                inner.allocate(parameter)
 
     @property
     def module(self) -> torch.nn.Module:

@@ -185,7 +185,7 @@ def test_another_commands_checkpoint_is_refused(train_data: Path, tmp_path: Path
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(train_data: Path, tmp_path: Path, monkeypatch) -> None:
     def spoilt(losses, batch):
-        return (losses * float("nan")).sum(), 1, {}
+        return (losses * float("nan")).sum(), batch.num_learnt, {}
 
     monkeypatch.setattr("r1mega.train.fit.masked_sum", spoilt)
     with pytest.raises(UserError, match="training: sound losses with trainer.on_spike=stop; got loss nan"):
