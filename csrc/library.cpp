@@ -69,10 +69,10 @@ TORCH_LIBRARY(r1mega, m) {
       "swiglu_backward_quantize(Tensor grad, Tensor hidden, Tensor? hidden_scales, Tensor? probs, bool power_of_two) "
       "-> (Tensor grad_hidden, Tensor payload, Tensor scales, Tensor grad_probs, Tensor activation)");
   m.def(
-      "token_logprobs(Tensor hidden, Tensor weight, Tensor targets, int num_tokens) "
+      "token_logprobs(Tensor hidden, Tensor weight, Tensor targets, int num_tokens, float scale) "
       "-> (Tensor logprobs, Tensor entropy, Tensor log_sum)");
   m.def(
       "token_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor targets, "
-      "Tensor log_sum, Tensor entropy, int num_tokens) "
+      "Tensor log_sum, Tensor entropy, int num_tokens, float scale) "
       "-> (Tensor grad_hidden, Tensor grad_weight)");
 }

@@ -47,7 +47,7 @@ inline T distance(T logit, T from) {
 constexpr int kLanes = 8;
 
 template <typename T>
-void fold_row(const T* z, int64_t count, T& largest, T& sum, T& weighted) {
+void fold_row(const T* z, int64_t count, T scale, T& largest, T& sum, T& weighted) {
   T top[kLanes];
   std::fill(top, top + kLanes, -std::numeric_limits<T>::infinity());
   const int64_t even = count / kLanes * kLanes;
@@ -56,11 +56,12 @@ void fold_row(const T* z, int64_t count, T& largest, T& sum, T& weighted) {
   }
   T most = *std::max_element(top, top + kLanes);
   for (int64_t i = even; i < count; ++i) most = z[i] > most ? z[i] : most;
+  most *= scale;  // above 0
   const T from = most == -std::numeric_limits<T>::infinity() ? T(0) : most;
   T sums[kLanes] = {}, products[kLanes] = {};
   for (int64_t i = 0; i < even; i += kLanes) {
     for (int j = 0; j < kLanes; ++j) {
-      const T d = distance(z[i + j], from), e = exp_of(d);
+      const T d = distance(z[i + j] * scale, from), e = exp_of(d);
       sums[j] += e;
       products[j] += e * d;
     }
@@ -68,7 +69,7 @@ void fold_row(const T* z, int64_t count, T& largest, T& sum, T& weighted) {
   T s = 0, w = 0;
   for (int j = 0; j < kLanes; ++j) s += sums[j], w += products[j];
   for (int64_t i = even; i < count; ++i) {
-    const T d = distance(z[i], from), e = exp_of(d);
+    const T d = distance(z[i] * scale, from), e = exp_of(d);
     s += e;
     w += e * d;
   }
@@ -80,12 +81,13 @@ void fold_row(const T* z, int64_t count, T& largest, T& sum, T& weighted) {
 template <typename T>
 void fold(const Piece& piece, const int64_t* targets, T* state, T* logprobs, T* entropy, T* log_sum) {
   const int64_t rows = piece.tokens, grain = std::max<int64_t>(1, kGrain / piece.count);
+  const T scale = static_cast<T>(piece.scale);
   T *largest = state, *sum = state + rows, *weighted = state + 2 * rows, *target = state + 3 * rows;
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const T* z = static_cast<const T*>(piece.logits) + t * piece.stride;
       T m, s, w;
-      fold_row(z, piece.count, m, s, w);
+      fold_row(z, piece.count, scale, m, s, w);
       if (!piece.is_first) {
         const T most = m > largest[t] ? m : largest[t];
         const T from = most == -std::numeric_limits<T>::infinity() ? T(0) : most;
@@ -99,7 +101,7 @@ void fold(const Piece& piece, const int64_t* targets, T* state, T* logprobs, T* 
       sum[t] = s;
       weighted[t] = w;
       const int64_t own = targets[t] - piece.first;
-      if (own >= 0 && own < piece.count) target[t] = z[own];
+      if (own >= 0 && own < piece.count) target[t] = z[own] * scale;
       if (piece.is_last) {
         const T log_s = std::log(s);
         logprobs[t] = (target[t] - m) - log_s;
@@ -113,12 +115,13 @@ void fold(const Piece& piece, const int64_t* targets, T* state, T* logprobs, T* 
 template <typename T>
 void turn(
     const Piece& piece, const int64_t* targets, const T* log_sum, const T* entropy, const T* grad_logprobs, const T* grad_entropy) {
+  const T scale = static_cast<T>(piece.scale);
   at::parallel_for(0, piece.tokens, std::max<int64_t>(1, kGrain / piece.count), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       T* z = static_cast<T*>(piece.logits) + t * piece.stride;
-      const T lse = log_sum[t], h = entropy[t], g = grad_logprobs[t], k = grad_entropy[t];
+      const T lse = log_sum[t], h = entropy[t], g = grad_logprobs[t] * scale, k = grad_entropy[t] * scale;
       for (int64_t i = 0; i < piece.count; ++i) {
-        const T logp = distance(z[i], lse);
+        const T logp = distance(z[i] * scale, lse);
         z[i] = -exp_of(logp) * (g + k * (logp + h));
       }
       const int64_t own = targets[t] - piece.first;
@@ -137,10 +140,10 @@ void check_targets(const at::Tensor& targets_any, int64_t num_tokens) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_cpu(
-    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets, int64_t num_tokens) {
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets, int64_t num_tokens, double scale) {
   if (targets.scalar_type() == at::kLong) check_targets(targets, num_tokens);
   return token_logprobs_of(
-      hidden, weight, targets, num_tokens, kPieceBytes,
+      hidden, weight, targets, num_tokens, scale, kPieceBytes,
       [](const Piece& piece, const at::Tensor& targets, const at::Tensor& state, at::Tensor& logprobs, at::Tensor& entropy,
          at::Tensor& log_sum) {
         AT_DISPATCH_FLOATING_TYPES(state.scalar_type(), "token_logprobs", [&] {
@@ -152,9 +155,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_cpu(
 
 std::tuple<at::Tensor, at::Tensor> token_logprobs_backward_cpu(
     const at::Tensor& grad_logprobs, const at::Tensor& grad_entropy, const at::Tensor& hidden, const at::Tensor& weight,
-    const at::Tensor& targets, const at::Tensor& log_sum, const at::Tensor& entropy, int64_t num_tokens) {
+    const at::Tensor& targets, const at::Tensor& log_sum, const at::Tensor& entropy, int64_t num_tokens, double scale) {
   return token_logprobs_gradients(
-      grad_logprobs, grad_entropy, hidden, weight, targets, log_sum, entropy, num_tokens, kPieceBytes,
+      grad_logprobs, grad_entropy, hidden, weight, targets, log_sum, entropy, num_tokens, scale, kPieceBytes,
       [](const Piece& piece, const at::Tensor& targets, const at::Tensor& log_sum, const at::Tensor& entropy,
          const at::Tensor& grad_logprobs, const at::Tensor& grad_entropy) {
         AT_DISPATCH_FLOATING_TYPES(log_sum.scalar_type(), "token_logprobs_backward", [&] {

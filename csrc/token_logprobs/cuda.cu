@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kThreads) fold_piece(
   __shared__ Sums<T> shared[kThreads / kWarp];
   const int64_t row = blockIdx.x, tokens = piece.tokens;
   const T* z = static_cast<const T*>(piece.logits) + row * piece.stride;
+  const T scale = static_cast<T>(piece.scale);
   Sums<T> own{-std::numeric_limits<T>::infinity(), T(0), T(0)};
   // the stride is a multiple of 128, so that a row's last vector lies inside it; what is behind `count` does not count
   for (int64_t base = 0; base < piece.count; base += kThreads * kPerThread) {
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) fold_piece(
         const auto loaded = load16(z + from);
 #pragma unroll
         for (int i = 0; i < kWide; ++i) {
-          value[j * kWide + i] = from + i < piece.count ? loaded.value[i] : -std::numeric_limits<T>::infinity();
+          value[j * kWide + i] = from + i < piece.count ? loaded.value[i] * scale : -std::numeric_limits<T>::infinity();
         }
       } else {
 #pragma unroll
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) fold_piece(
   if (threadIdx.x != 0) return;
   const int64_t place = targets[row] - piece.first;
   T target = piece.is_first ? std::numeric_limits<T>::quiet_NaN() : state[3 * tokens + row];
-  if (place >= 0 && place < piece.count) target = z[place];
+  if (place >= 0 && place < piece.count) target = z[place] * scale;
   const Sums<T> total =
       piece.is_first ? here : combine(Sums<T>{state[row], state[tokens + row], state[2 * tokens + row]}, here);
   if (piece.is_last) {
@@ -139,7 +140,8 @@ __global__ void __launch_bounds__(kThreads) turn_piece(
   const int64_t row = blockIdx.x;
   T* z = static_cast<T*>(piece.logits) + row * piece.stride;
   Out* out = reinterpret_cast<Out*>(z);
-  const T lse = log_sum[row], h = entropy[row], g = grad_logprobs[row], k = grad_entropy[row];
+  const T scale = static_cast<T>(piece.scale), lse = log_sum[row], h = entropy[row];
+  const T g = grad_logprobs[row] * scale, k = grad_entropy[row] * scale;
   const int64_t place = targets[row] - piece.first, mine = static_cast<int64_t>(threadIdx.x) * kTurned;
   T next[kTurned];
   const auto load = [&](int64_t from) {
@@ -158,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) turn_piece(
     if (from < piece.count) {
 #pragma unroll
       for (int i = 0; i < kTurned; ++i) {
-        const T logp = distance(next[i], lse);
+        const T logp = distance(next[i] * scale, lse);
         T grad = -exp_of(logp) * (g + k * (logp + h));
         if (from + i == place) grad += g;
         turned[i / kNarrow].value[i % kNarrow] = static_cast<Out>(grad);
@@ -174,11 +176,11 @@ __global__ void __launch_bounds__(kThreads) turn_piece(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_cuda(
-    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets, int64_t num_tokens) {
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets, int64_t num_tokens, double scale) {
   const c10::cuda::CUDAGuard device(hidden.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   return token_logprobs_of(
-      hidden, weight, targets, num_tokens, kPieceBytes,
+      hidden, weight, targets, num_tokens, scale, kPieceBytes,
       [&](const Piece& piece, const at::Tensor& targets, const at::Tensor& state, at::Tensor& logprobs, at::Tensor& entropy,
           at::Tensor& log_sum) {
         AT_DISPATCH_FLOATING_TYPES(state.scalar_type(), "token_logprobs", [&] {
@@ -192,12 +194,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_cuda(
 
 std::tuple<at::Tensor, at::Tensor> token_logprobs_backward_cuda(
     const at::Tensor& grad_logprobs, const at::Tensor& grad_entropy, const at::Tensor& hidden, const at::Tensor& weight,
-    const at::Tensor& targets, const at::Tensor& log_sum, const at::Tensor& entropy, int64_t num_tokens) {
+    const at::Tensor& targets, const at::Tensor& log_sum, const at::Tensor& entropy, int64_t num_tokens, double scale) {
   const c10::cuda::CUDAGuard device(hidden.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const bool bf16 = hidden.scalar_type() == at::kBFloat16;
   return token_logprobs_gradients(
-      grad_logprobs, grad_entropy, hidden, weight, targets, log_sum, entropy, num_tokens, kPieceBytes,
+      grad_logprobs, grad_entropy, hidden, weight, targets, log_sum, entropy, num_tokens, scale, kPieceBytes,
       [&](const Piece& piece, const at::Tensor& targets, const at::Tensor& log_sum, const at::Tensor& entropy,
           const at::Tensor& grad_logprobs, const at::Tensor& grad_entropy) {
         const auto launch = [&](auto out, auto number) {

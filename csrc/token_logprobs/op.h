@@ -25,7 +25,9 @@ struct LogprobSizes {
 };
 
 inline LogprobSizes check_token_logprobs(
-    const char* name, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets, int64_t num_tokens) {
+    const char* name, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets, int64_t num_tokens,
+    double scale) {
+  TORCH_CHECK_VALUE(scale > 0, name, ": expected a scale above 0, got ", scale);
   TORCH_CHECK_VALUE(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1), name,
                     ": expected hidden [T, D] and weight [V, D], got ", hidden.sizes(), " and ", weight.sizes());
   const auto dtype = hidden.scalar_type();
@@ -56,6 +58,7 @@ struct Piece {
   void* logits;
   int64_t tokens, first, count, stride;
   bool is_first, is_last;
+  double scale;  // what the logits are multiplied by: one over the temperature
 };
 
 // Columns of a piece: of at most `bytes`, at least 512, a multiple of 128, and all pieces about as wide.
@@ -68,7 +71,7 @@ inline int64_t piece_columns(int64_t tokens, int64_t vocabulary, int64_t bytes) 
 // Walks the vocabulary: `visit(piece, logits [T, count], rows of weight [count, D])`.
 // A CPU multiplies bf16 in fp32, since its bf16 products are rounded.
 template <typename Visit>
-void for_each_piece(const at::Tensor& hidden, const at::Tensor& weight, int64_t num_tokens, int64_t bytes, Visit visit) {
+void for_each_piece(const at::Tensor& hidden, const at::Tensor& weight, int64_t num_tokens, double scale, int64_t bytes, Visit visit) {
   const auto wide = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const int64_t T = hidden.size(0), columns = piece_columns(T, num_tokens, bytes);
   const at::Tensor buffer = at::empty({T, columns}, hidden.options().dtype(wide));
@@ -81,7 +84,7 @@ void for_each_piece(const at::Tensor& hidden, const at::Tensor& weight, int64_t 
     } else {
       at::mm_out(logits, hidden, rows.t());
     }
-    visit(Piece{buffer.data_ptr(), T, first, count, columns, first == 0, first + count == num_tokens}, logits, rows);
+    visit(Piece{buffer.data_ptr(), T, first, count, columns, first == 0, first + count == num_tokens, scale}, logits, rows);
   }
 }
 
@@ -89,9 +92,9 @@ void for_each_piece(const at::Tensor& hidden, const at::Tensor& weight, int64_t 
 // e^(z - largest) (z - largest) and the target's logit; the last piece writes the three results.
 template <typename Fold>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_of(
-    const at::Tensor& hidden_any, const at::Tensor& weight_any, const at::Tensor& targets_any, int64_t num_tokens, int64_t bytes,
-    Fold fold) {
-  const int64_t T = check_token_logprobs("token_logprobs", hidden_any, weight_any, targets_any, num_tokens).tokens;
+    const at::Tensor& hidden_any, const at::Tensor& weight_any, const at::Tensor& targets_any, int64_t num_tokens, double scale,
+    int64_t bytes, Fold fold) {
+  const int64_t T = check_token_logprobs("token_logprobs", hidden_any, weight_any, targets_any, num_tokens, scale).tokens;
   at::AutoDispatchBelowADInplaceOrView guard;
   const bool widened = hidden_any.is_cpu() && hidden_any.scalar_type() == at::kBFloat16;
   const at::Tensor hidden = hidden_any.to(widened ? at::kFloat : hidden_any.scalar_type()).contiguous();
@@ -100,7 +103,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_of(
   at::Tensor logprobs = at::empty({T}, numbers), entropy = at::empty({T}, numbers), log_sum = at::empty({T}, numbers);
   if (T == 0) return {logprobs, entropy, log_sum};
   const at::Tensor state = at::empty({4, T}, numbers);
-  for_each_piece(hidden, weight, num_tokens, bytes, [&](const Piece& piece, const at::Tensor&, const at::Tensor&) {
+  for_each_piece(hidden, weight, num_tokens, scale, bytes, [&](const Piece& piece, const at::Tensor&, const at::Tensor&) {
     fold(piece, targets, state, logprobs, entropy, log_sum);
   });
   return {logprobs, entropy, log_sum};
@@ -111,9 +114,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> token_logprobs_of(
 template <typename Turn>
 std::tuple<at::Tensor, at::Tensor> token_logprobs_gradients(
     const at::Tensor& grad_logprobs_any, const at::Tensor& grad_entropy_any, const at::Tensor& hidden_any, const at::Tensor& weight_any,
-    const at::Tensor& targets_any, const at::Tensor& log_sum_any, const at::Tensor& entropy_any, int64_t num_tokens, int64_t bytes,
-    Turn turn) {
-  const auto [T, D] = check_token_logprobs("token_logprobs_backward", hidden_any, weight_any, targets_any, num_tokens);
+    const at::Tensor& targets_any, const at::Tensor& log_sum_any, const at::Tensor& entropy_any, int64_t num_tokens, double scale,
+    int64_t bytes, Turn turn) {
+  const auto [T, D] = check_token_logprobs("token_logprobs_backward", hidden_any, weight_any, targets_any, num_tokens, scale);
   check_token_gradients(hidden_any, {grad_logprobs_any, grad_entropy_any, log_sum_any, entropy_any});
   at::AutoDispatchBelowADInplaceOrView guard;
   const auto given = hidden_any.scalar_type();
@@ -126,7 +129,7 @@ std::tuple<at::Tensor, at::Tensor> token_logprobs_gradients(
   at::Tensor grad_hidden = at::empty({T, D}, hidden.options().dtype(kind == at::kDouble ? at::kDouble : at::kFloat));
   at::Tensor grad_weight = at::empty(weight.sizes(), weight.options());
   grad_weight.slice(0, num_tokens).zero_();
-  for_each_piece(hidden, weight, num_tokens, bytes, [&](const Piece& piece, const at::Tensor& logits, const at::Tensor& rows) {
+  for_each_piece(hidden, weight, num_tokens, scale, bytes, [&](const Piece& piece, const at::Tensor& logits, const at::Tensor& rows) {
     turn(piece, targets, log_sum, entropy, grad_logprobs, grad_entropy);
     at::Tensor grads = logits;  // [T, count]
     if (kind == at::kBFloat16) grads = logits.as_strided({T, piece.stride}, {piece.stride, 1}).view(kind).slice(1, 0, piece.count);
