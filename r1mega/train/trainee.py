@@ -23,6 +23,7 @@ from r1mega.model.fp8.use import use_products
 from r1mega.model.fp8.weights import kept_weights
 from r1mega.train import gradients
 from r1mega.train.adamw import AdamW, use_moments
+from r1mega.train.peaks import Peaks
 from r1mega.train.pipeline.run import Executor
 from r1mega.train.pipeline.schedule import Pipeline
 from r1mega.train.stages import Stages
@@ -85,6 +86,7 @@ class Trainee:
         self.embedding_copy.share()
         numbered = dict(zip(placement[here], self.stages, strict=True))
         self.executor = Executor(mesh, self.pipeline, numbered, model.hidden_size, self.dtype)
+        self.peaks = Peaks(mesh.device)
         self.optimizer = None
         self.model: torch.nn.Module = held
         if optim is not None:
@@ -184,6 +186,7 @@ class Trainee:
         ``forward(model, batch)`` gives the model's output; ``loss(output, batch)`` its :data:`LossSum`. Where ``judge`` finds
         something wrong, on any rank, no rank applies the step: weights, moments and expert biases stay as they were.
         """
+        self.peaks.end("rest")
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         self.model.train()
@@ -195,7 +198,9 @@ class Trainee:
         load = self._finalize(count)
         mean = total / max(count, 1)
         self._judged = lambda norm: self._agreed(judge(mean, norm))
+        self.peaks.end("pass")
         self.optimizer.step()
+        self.peaks.end("update")
         if self._trouble:
             for bias, before in biases:
                 bias.copy_(before)
