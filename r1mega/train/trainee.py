@@ -21,6 +21,7 @@ from r1mega.mesh import Mesh
 from r1mega.model.build import build_stages, transformer_config
 from r1mega.model.fp8.use import use_products
 from r1mega.model.fp8.weights import kept_weights
+from r1mega.model.recompute import recomputing
 from r1mega.train import gradients
 from r1mega.train.adamw import AdamW, use_moments
 from r1mega.train.peaks import Peaks
@@ -223,7 +224,7 @@ class Trainee:
         weights = self._balance_weights(microbatches)
 
         def forward_one(stage, batch):
-            with megatron_balance.items(weights[id(batch)]):
+            with megatron_balance.items(weights[id(batch)]), recomputing(self.mesh.parallel.recompute):
                 return forward(stage, batch)
 
         def loss_of(output, batch):

@@ -35,7 +35,7 @@ def _alone(config: BenchConfig, device: Device) -> Iterator[Mesh]:
     from r1mega.compat import megatron_jit
 
     megatron_jit.apply()
-    mesh = open_mesh(device, ParallelConfig(), LaunchConfig(), config.seed)
+    mesh = open_mesh(device, ParallelConfig(recompute=config.recompute), LaunchConfig(), config.seed)
     try:
         yield mesh
     finally:
@@ -47,6 +47,7 @@ def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[st
     from r1mega.model.build import build_stages, transformer_config
     from r1mega.model.fp8.use import use_products
     from r1mega.model.fp8.weights import kept_weights
+    from r1mega.model.recompute import recomputing
 
     model = replace(config.model, num_layers=1, first_k_dense=0, num_mtp_layers=0, vocab_size=256, vocab_padding=0)
     dtype = DTYPES[config.precision.dtype]
@@ -69,7 +70,8 @@ def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[st
             device.reset_peak_bytes()
             begin = device.mark()
             with kept_weights():
-                output, _ = layer(hidden)
+                with recomputing(config.recompute):
+                    output, _ = layer(hidden)
                 middle = device.mark()
                 peaks["forward"] = max(peaks["forward"], device.peak_bytes())
                 device.reset_peak_bytes()
