@@ -6,6 +6,7 @@ Its state is the choice.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import resource
@@ -204,6 +205,41 @@ def open_device(config: DeviceConfig) -> Device:
     torch.set_num_threads(threads)
     _chosen = Device("cpu", torch.device("cpu"), "gloo")
     return _chosen
+
+
+class HostCopy:
+    """A tensor's numbers on their way to the host, behind what its stream has queued so far, while both sides go on.
+
+    On a GPU they go by a stream of their own into page-locked memory, so that work queued meanwhile is not waited for.
+    """
+
+    waits = 0
+    """How often this process has waited for one."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._here, self._event = tensor, None
+        if tensor.device.type == "cpu":
+            return
+        side = _side_stream(tensor.device)
+        side.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(side):
+            self._here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._here.copy_(tensor, non_blocking=True)
+            self._event = side.record_event()
+        tensor.record_stream(side)
+
+    def wait(self) -> torch.Tensor:
+        """The numbers, once they are here."""
+        HostCopy.waits += 1
+        if self._event is not None:
+            self._event.synchronize()
+        return self._here
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    """The stream of a GPU that copies to the host go by."""
+    return torch.cuda.Stream(device)
 
 
 def attention_kernels(device: torch.device) -> contextlib.AbstractContextManager:

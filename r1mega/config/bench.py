@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from r1mega.config.knob import at_least, between, knob, one_of
 from r1mega.config.model import ModelConfig
-from r1mega.config.run import DeviceConfig, PrecisionConfig, RunConfig
+from r1mega.config.run import RECOMPUTED, DeviceConfig, PrecisionConfig, RunConfig, are_recomputed
 
 
 @dataclass
@@ -28,6 +28,13 @@ class BenchConfig(RunConfig):
     device: DeviceConfig = knob(DeviceConfig, "the device that is measured", "section")
     precision: PrecisionConfig = knob(PrecisionConfig, "moe, step: number formats", "section")
     model: ModelConfig = knob(ModelConfig, "moe, step: the architecture", "section")
+    recompute: list[str] = knob(
+        [],
+        "moe, step: activations that the backward pass makes again, see parallel.recompute of pretrain",
+        "name",
+        rule=are_recomputed,
+        says=f"in [{','.join(RECOMPUTED)}], each once",
+    )
     tokens: int = knob(16384, "moe: tokens of one pass", "tokens", **at_least(1))
     sequence_length: int = knob(4096, "step: tokens of a sequence", "tokens", **at_least(2))
     micro_batch_size: int = knob(1, "step: sequences of a microbatch", "sequences", **at_least(1))

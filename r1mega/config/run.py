@@ -71,9 +71,18 @@ class LaunchConfig:
     setup: list[str] = knob([], "slurm: shell lines that each rank runs first, as ['module load x']", "text")
 
 
+RECOMPUTED = ("norms", "mla_up", "swiglu")
+"""Kinds of activations that a backward pass can make again; :mod:`r1mega.model.recompute` says what each frees."""
+
+
+def are_recomputed(kinds: list[str]) -> bool:
+    """True for a list of some of :data:`RECOMPUTED`, each once."""
+    return len(set(kinds)) == len(kinds) and set(kinds) <= set(RECOMPUTED)
+
+
 @dataclass
 class ParallelConfig:
-    """Degrees of parallelism; data is processes / (tensor x pipeline x context).
+    """Degrees of parallelism, data being processes / (tensor x pipeline x context); and what a rank does not keep.
 
     The optimizer's states are cut over data and context ranks (ZeRO-1).
     """
@@ -94,6 +103,15 @@ class ParallelConfig:
         "what each pipeline stage holds, in Megatron's letters: E embedding, t layer, m MTP, L head and loss, as Ett|ttt|tmL; "
         "null: cut evenly by work",
         "text",
+    )
+    recompute: list[str] = knob(
+        [],
+        "activations that the backward pass makes again, to the same bits, instead of keeping them (V3 3.2.3: all; []: fastest); "
+        "in bf16 of a token and layer, over the tensor ranks, norms 2 x (2 x hidden_size + q_lora_rank + kv_lora_rank) bytes, "
+        "mla_up 2 x num_heads x (2 x (nope + rope) + v), swiglu 2 x the width of the dense or shared FFN",
+        "name",
+        rule=are_recomputed,
+        says=f"in [{','.join(RECOMPUTED)}], each once",
     )
 
 

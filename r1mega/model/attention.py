@@ -26,6 +26,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from r1mega.device import attention_kernels
 from r1mega.model.context import ContextPart
 from r1mega.model.part_attention import gathered_attention, ring_attention
+from r1mega.model.recompute import following, is_remade, remade
 from r1mega.ops.mla_rope import mla_rope
 
 EXCHANGES = {"allgather": "all_gather", "ring": "p2p"}
@@ -72,7 +73,8 @@ class CoreAttention(MegatronModule):
             return exchanged(query, key, value, attention_mask, self.part, self.softmax_scale).flatten(2)
         value_dim = value.shape[-1]
         if value.device.type == "cpu":  # torch's fused kernel for the CPU wants one width; without it the scores are materialised
-            value = F.pad(value, (0, max(0, query.shape[-1] - value_dim)))
+            missing = max(0, query.shape[-1] - value_dim)
+            value = following(lambda value: F.pad(value, (0, missing)), value)
         with attention_kernels(query.device):
             out_BHSv = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
@@ -90,8 +92,9 @@ class LatentAttention(MLASelfAttention):
     they are projected up.
 
     A gathered token is ``kv_lora_rank + rope`` numbers instead of ``H * (nope + rope + v)``: 576 to 40,960 in DeepSeek-V3. The
-    price is that every context rank projects the whole sequence up. Refuses what its path does not have: recompute of the
-    projections, Megatron's fused rotary positions, its packed format and its inference.
+    price is that every context rank projects the whole sequence up. The projections up and what follows them can be made again in
+    the backward pass (:mod:`r1mega.model.recompute`). Refuses what its path does not have: Megatron's own recompute, its fused
+    rotary positions, its packed format and its inference.
     """
 
     def __init__(self, config, submodules, *args, **kwargs):
@@ -103,7 +106,7 @@ class LatentAttention(MLASelfAttention):
             if hasattr(self, name):
                 getattr(self, name).__class__ = cls
         if self.recompute_up_proj or config.apply_rope_fusion or config.rotary_interleaved:
-            refused = "recompute of mla_up_proj, apply_rope_fusion and rotary_interleaved"
+            refused = "Megatron's recompute of mla_up_proj, apply_rope_fusion and rotary_interleaved"
             raise ValueError(f"model.attention: {refused} are not there; got one; leave it out")
 
     def get_query_key_value_tensors(
@@ -121,18 +124,33 @@ class LatentAttention(MLASelfAttention):
             raise NotImplementedError("model: packed samples come with an attention mask; got packed_seq_params; pass segment ids")
         if inference_context is not None or inference_params is not None:
             raise NotImplementedError("model: Megatron's inference is not there; got its context; use r1mega.rl.engine")
-        config, nope, heads = self.config, self.config.qk_head_dim, self.num_attention_heads_per_partition
-        if config.q_lora_rank is None:
-            query_latent, project = hidden_states, self.linear_q_proj
-        else:
+        config, query_latent = self.config, hidden_states
+        if config.q_lora_rank is not None:
             query_latent = self._scattered(self._down(self.linear_q_down_proj, hidden_states, config.q_lora_rank))
-            query_latent, project = self.q_layernorm(query_latent), self.linear_q_up_proj
-        query = project(query_latent)[0].unflatten(-1, (heads, self.q_head_dim))
-
+            query_latent = self.q_layernorm(query_latent)
         widths = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
         latent, shared_key = self._down(self.linear_kv_down_proj, hidden_states, sum(widths)).split(widths, dim=-1)
         latent = self.kv_layernorm(self._scattered(latent))
-        whole, tensor, context = self.core_attention.takes_whole_keys, self.pg_collection.tp, self.pg_collection.cp
+        if config.sequence_parallel and is_remade("mla_up"):
+            shared_key = shared_key.contiguous()  # kept by itself: nobody else keeps the projection that it is a part of
+        tables = self._cos_sin(hidden_states)
+        whole = self._cos_sin(hidden_states, whole=True) if self.core_attention.takes_whole_keys else None
+        made = remade("mla_up", lambda *parts: self._projected_up(*parts, tables, whole), query_latent, latent, shared_key)
+        return *made, query_latent, latent
+
+    def _projected_up(
+        self,
+        query_latent: torch.Tensor,
+        latent: torch.Tensor,
+        shared_key: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        whole: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value. ``tables``: cosines and sines of own tokens; ``whole``: of all, where core attention takes all."""
+        config, nope, heads = self.config, self.config.qk_head_dim, self.num_attention_heads_per_partition
+        tensor, context = self.pg_collection.tp, self.pg_collection.cp
+        project = self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj
+        query = project(query_latent)[0].unflatten(-1, (heads, self.q_head_dim))
         both = self.linear_kv_up_proj(gather_from_sequence_parallel_region(latent, group=context) if whole else latent)[0]
         both = both.unflatten(-1, (heads, nope + config.v_head_dim))
         if whole:
@@ -142,15 +160,14 @@ class LatentAttention(MLASelfAttention):
         if tensor.size() > 1:  # all heads share the key: its gradient is the sum over those of all tensor ranks
             shared_key = copy_to_tensor_model_parallel_region(shared_key, group=tensor)
 
-        cos, sin = self._cos_sin(hidden_states)
         if not whole:
-            return *mla_rope(query, both, shared_key, cos, sin, nope), query_latent, latent
+            return tuple(mla_rope(query, both, shared_key, *tables, nope))
         # Queries are a part of the sequence and keys all of it: each is turned by itself, with none of the other's heads.
         own_key = shared_key.new_empty(*query.shape[:2], shared_key.shape[-1])
-        turned, _, _ = mla_rope(query, query.new_empty(*query.shape[:2], 0, both.shape[-1]), own_key, cos, sin, nope)
+        turned, _, _ = mla_rope(query, query.new_empty(*query.shape[:2], 0, both.shape[-1]), own_key, *tables, nope)
         no_query = query.new_empty(*both.shape[:2], 0, query.shape[-1])
-        _, key, value = mla_rope(no_query, both, shared_key, *self._cos_sin(hidden_states, whole=True), nope)
-        return turned, key, value, query_latent, latent
+        _, key, value = mla_rope(no_query, both, shared_key, *whole, nope)
+        return turned, key, value
 
     def _cos_sin(self, hidden_states, *, whole: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """``[S / C, rope / 2]`` each, of own tokens' places; ``whole``: ``[S, rope / 2]``, of all. One pair for all layers."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from r1mega.model.recompute import remade
 from r1mega.ops.rms_norm import rms_norm
 
 LATENT_NORM_EPS = 1e-6
@@ -41,7 +42,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps).y
+        return remade("norms", lambda x: rms_norm(x, self.weight, self.eps).y, x)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The weight, the same on every tensor rank."""

@@ -13,6 +13,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
 from r1mega.model.layers import Slot
+from r1mega.model.recompute import remade
 from r1mega.ops.swiglu import swiglu
 
 OPTIONS = {
@@ -37,7 +38,7 @@ class _SwiGLU:
         super().__init__(config, *args, **kwargs)
 
     def _activated(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))[0]
+        return self.linear_fc2(remade("swiglu", swiglu, self.linear_fc1(hidden_states)[0]))[0]
 
 
 class DenseMLP(_SwiGLU, MLP):

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from r1mega.mesh import Axis
 from r1mega.model.dispatch.choices import AllToAll
-from r1mega.model.dispatch.contract import ExpertRanks
+from r1mega.model.dispatch.contract import ExpertRanks, begin_dispatch
 from r1mega.model.layers import Slot
 from r1mega.model.router import Router, check_router
 
@@ -23,7 +23,8 @@ REFUSED = ("moe_latent_size", "moe_shared_expert_overlap", "moe_router_padding_f
 
 
 class MixtureOfExperts(MoELayer):
-    """Shared experts, router, dispatch, experts, combine, add. ``dispatcher``: a choice of the kind; None: alltoall.
+    """Router, dispatch, experts, combine, and what shared experts add: a device computes them while the host waits for the sizes
+    that a dispatcher must know. ``dispatcher``: a choice of the kind; None: alltoall.
 
     Built through :func:`mixture_spec`. ``pg_collection``: Megatron's groups, of which ``ep`` and ``expt_tp`` are the axes of the
     dispatcher; None: those that Megatron keeps globally.
@@ -51,15 +52,19 @@ class MixtureOfExperts(MoELayer):
             raise ValueError("model.moe: tensor ranks have tokens of their own; got all the same; use sequence parallelism")
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
-        shared = self.shared_experts_compute(hidden_states)
+        # A node before the router's: the gradient of the shared experts comes last to the sum, whenever it is computed.
+        of_shared = hidden_states.view_as(hidden_states)
         probs_TE, routing_map_TE = self.route(hidden_states, padding_mask)
         probs_TE, routing_map_TE = self._to_slots(probs_TE, routing_map_TE)
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self.experts.fp8 is not None and getattr(self.token_dispatcher, "is_local", False):
             output = self.experts.on_tokens(hidden_TD, probs_TE, routing_map_TE, self.config.moe_router_topk)
+            shared = self.shared_experts_compute(of_shared)
             output = output.view(hidden_states.shape)
             return output if shared is None else output + shared, None
-        sent = self.token_dispatcher.dispatch(hidden_TD, probs_TE, routing_map_TE)
+        finish = begin_dispatch(self.token_dispatcher, hidden_TD, probs_TE, routing_map_TE)
+        shared = self.shared_experts_compute(of_shared)
+        sent = finish()
         rows_RD, _ = self.experts(sent.rows_RD, sent.tokens_per_expert, sent.probs_R)
         output = self.token_dispatcher.combine(rows_RD, sent.route).view(hidden_states.shape)
         return output if shared is None else output + shared, None

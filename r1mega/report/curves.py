@@ -62,6 +62,8 @@ OTHERS = (
     Curve("mfu", "Share of the peak", "MFU (% of peak)", 100.0, {"y_range": (0.0, 1.0)}),
     Curve("step_seconds", "Time per step", "time (seconds)", more={"y_range": (0.0, 0.0)}),
     Curve("peak_gib", "Peak memory", "memory (GiB)", more={"y_range": (0.0, 1.0)}),
+    Curve("peak_pass_gib", "Peak memory, forward and backward", "memory (GiB)", more={"y_range": (0.0, 1.0)}),
+    Curve("peak_update_gib", "Peak memory, optimizer", "memory (GiB)", more={"y_range": (0.0, 1.0)}),
     Curve("batch", "Batch", "batch (sequences)", more={"y_range": (0.0, 1.0)}),
     Curve("tokens", "Tokens", "tokens so far (count)"),
 )

@@ -21,7 +21,7 @@ NOT_RECORDED, ABSENT = "not recorded", "-"
 NEVER_EQUAL = ("name", "out")
 """Config keys that every run has to itself."""
 
-CLOCK = ("seconds", "per_second", "mfu", "peak_gib")
+CLOCK = ("seconds", "per_second", "mfu", "peak_")
 """Parts of metric names that measure the machine and differ between equal runs."""
 
 PLACE = ("step", "update", "rollout")

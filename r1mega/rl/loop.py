@@ -288,9 +288,10 @@ class RlLoop:
             return
         rate = learning_rate(self.config.optim, self.state.step - 1, sizes.rollouts * sizes.updates_per_rollout)
         seconds = {f"seconds_{name}": value for name, value in self.seconds.items()}
-        peak = self.mesh.device.peak_bytes() / 2**30
-        place = {"update": self.state.step, "rollout": number, "lr": rate, "tokens": self.state.tokens, "peak_gib": peak}
-        self.metrics.log({**place, **line, **seconds, "expert_load": mean_load(results), **self.saver.metrics()})
+        place = {"update": self.state.step, "rollout": number, "lr": rate, "tokens": self.state.tokens}
+        self.metrics.log(
+            {**place, **self.policy.peak_gib(), **line, **seconds, "expert_load": mean_load(results), **self.saver.metrics()}
+        )
 
     def save(self, asked: bool) -> None:
         """Begin a checkpoint where it is due, and where SIGTERM came (``asked``)."""

@@ -252,7 +252,7 @@ class _Run:
             "tokens_per_second": speed,
             "mfu": flops / (self.peak * 1e12 * self.mesh.world_size),
             "step_seconds": seconds,
-            "peak_gib": self.mesh.device.peak_bytes() / 2**30,
+            **self.trainee.peaks.gib(),
             "expert_load": result.expert_load,
         }
         if validated:

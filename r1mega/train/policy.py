@@ -46,6 +46,10 @@ class Policy:
         """Of the weights."""
         return self.trainee.dtype
 
+    def peak_gib(self) -> dict[str, float]:
+        """Peak memory, of the updates by phase, for a metric line; see :class:`r1mega.train.peaks.Peaks`."""
+        return self.trainee.peaks.gib()
+
     @property
     def row_multiple(self) -> int:
         """What divides the width of a microbatch's whole rows: the layout cuts them into so many equal pieces."""

@@ -22,8 +22,10 @@ from r1mega.mesh import Mesh
 from r1mega.model.build import build_stages, transformer_config
 from r1mega.model.fp8.use import use_products
 from r1mega.model.fp8.weights import kept_weights
+from r1mega.model.recompute import recomputing
 from r1mega.train import gradients
 from r1mega.train.adamw import AdamW, use_moments
+from r1mega.train.peaks import Peaks
 from r1mega.train.pipeline.run import Executor
 from r1mega.train.pipeline.schedule import Pipeline
 from r1mega.train.stages import Stages
@@ -86,6 +88,7 @@ class Trainee:
         self.embedding_copy.share()
         numbered = dict(zip(placement[here], self.stages, strict=True))
         self.executor = Executor(mesh, self.pipeline, numbered, model.hidden_size, self.dtype)
+        self.peaks = Peaks(mesh.device)
         self.optimizer = None
         self.model: torch.nn.Module = held
         if optim is not None:
@@ -180,6 +183,7 @@ class Trainee:
         ``forward(model, batch)`` gives the model's output; ``loss(output, batch)`` its :data:`LossSum`. Where ``judge`` finds
         something wrong, on any rank, no rank applies the step: weights, moments and expert biases stay as they were.
         """
+        self.peaks.end("rest")
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         self.model.train()
@@ -191,7 +195,9 @@ class Trainee:
         load = self._finalize()
         mean = total / max(count, 1)
         self._judged = lambda norm: self._agreed(judge(mean, norm))
+        self.peaks.end("pass")
         self.optimizer.step()
+        self.peaks.end("update")
         if self._trouble:
             for bias, before in biases:
                 bias.copy_(before)
@@ -217,7 +223,7 @@ class Trainee:
         def forward_one(stage, batch):
             # the balance loss of a microbatch weighs by its rows: each sequence of the global batch the same (V3 2.1.2), however
             # many of its tokens are learnt
-            with megatron_balance.items(len(batch.tokens_BS) / rows):
+            with megatron_balance.items(len(batch.tokens_BS) / rows), recomputing(self.mesh.parallel.recompute):
                 return forward(stage, batch)
 
         def loss_of(output, batch):

@@ -52,6 +52,9 @@ WRONG = [
     ("sft", f"{N}=2 parallel.context=2 data.sequence_length=510", "data.sequence_length: a multiple of 4, which tensor and context parallel cut it into; got 510; use data.sequence_length=508 or 512"),
     ("sft", f"{N}=4 parallel.context=2 parallel.tensor=2 data.sequence_length=516", "data.sequence_length: a multiple of 8, which tensor and context parallel cut it into; got 516; use data.sequence_length=512 or 520"),
     ("sft", "parallel.context_exchange=gossip", "parallel.context_exchange: one of allgather, ring; got gossip; use parallel.context_exchange=allgather"),
+    # recompute
+    ("rl", "parallel.recompute=[norms,attention]", "parallel.recompute: in [norms,mla_up,swiglu], each once; got ['norms', 'attention']; use a value in [norms,mla_up,swiglu], each once"),
+    ("pretrain", "parallel.recompute=[norms,norms]", "parallel.recompute: in [norms,mla_up,swiglu], each once; got ['norms', 'norms']; use a value in [norms,mla_up,swiglu], each once"),
     # expert, expert_tensor
     ("pretrain", f"{N}=2 parallel.expert=4", f"parallel: expert x expert_tensor x pipeline divides {N} 2; got 4 x 1 x 1 = 4; use parallel.expert=1 or 2, or {N}=4"),
     ("sft", f"{N}=8 parallel.expert=4 parallel.pipeline=4 trainer.global_batch_size=64", f"parallel: expert x expert_tensor x pipeline divides {N} 8; got 4 x 1 x 4 = 16; use parallel.expert=1 or 2, or parallel.pipeline=1 or 2, or {N}=16"),
@@ -254,7 +257,8 @@ def test_layouts_are_there() -> None:
     assert {"one", "tp2", "pp2", "cp2", "ep2", "ep2_etp2", "tp2_ep2", "pp2_ep2", "tp2_pp2", "cp2_ep2", "pp2_ep2_tp2"} <= set(
         LAYOUTS
     )
-    assert yaml.safe_load(LAYOUTS["v3_pp16_ep64"].read_text()) == {"pipeline": 16, "expert": 64}
+    all_kinds = ["norms", "mla_up", "swiglu"]
+    assert yaml.safe_load(LAYOUTS["v3_pp16_ep64"].read_text()) == {"pipeline": 16, "expert": 64, "recompute": all_kinds}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

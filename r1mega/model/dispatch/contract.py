@@ -8,6 +8,7 @@ nothing from one call to the next, since a pipeline has several microbatches bet
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -62,6 +63,10 @@ class Dispatcher(Protocol):
 
     A dispatcher may have an attribute ``is_local``: True says that its ranks have all experts, so that the layer may leave both
     ways out and hand the experts tokens (experts in FP8 quantise them on the way to their rows).
+
+    A dispatcher whose host has to wait for the device may also have :meth:`dispatch` in two halves: ``begin``, with the same
+    arguments, queues what it can without a wait and returns the rest as a function. The layer calls it through
+    :func:`begin_dispatch` and lets the device compute its shared experts before the second half waits.
     """
 
     def dispatch(self, hidden_TD: torch.Tensor, probs_TE: torch.Tensor, routing_map_TE: torch.Tensor) -> Dispatched:
@@ -77,3 +82,18 @@ class Dispatcher(Protocol):
         Where experts are cut along F, ``rows_RD`` are this rank's part of the answers and the sum is over the parts too.
         """
         ...
+
+
+def begin_dispatch(
+    dispatcher: Dispatcher, hidden_TD: torch.Tensor, probs_TE: torch.Tensor, routing_map_TE: torch.Tensor
+) -> Callable[[], Dispatched]:
+    """The first half of ``dispatch``, and the second as a function; all of it is the second half where there is no ``begin``.
+
+    A class that has a ``dispatch`` of its own and inherits ``begin``, or forwards to another's, means its own.
+    """
+    for cls in type(dispatcher).__mro__:
+        if "begin" in vars(cls):
+            return dispatcher.begin(hidden_TD, probs_TE, routing_map_TE)
+        if "dispatch" in vars(cls):
+            break
+    return lambda: dispatcher.dispatch(hidden_TD, probs_TE, routing_map_TE)

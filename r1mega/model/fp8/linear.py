@@ -1,6 +1,7 @@
 """A linear layer with FP8 products: ``y = x W^T``, the gradient of x by the same blocks, that of W by 1x128 blocks of both sides.
 
-The activation is kept in FP8 for the backward pass (V3 3.3.3), under sequence parallelism this rank's part of it.
+The activation is kept in FP8 for the backward pass (V3 3.3.3), under sequence parallelism this rank's part of it; where the
+activation is made again (:mod:`r1mega.model.recompute`), so are its numbers in FP8.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from r1mega.model.fp8.products import BLOCK, add_rows_by_rows_, rows_by_blocks
 from r1mega.model.fp8.weights import Recipe, added_to_zero, quantized
 from r1mega.model.gradients import weight_gradient
+from r1mega.model.recompute import following
 from r1mega.ops.quantize import Quantized, quantize_both, quantize_rows, requantize_columns, row_scales
 
 
@@ -27,8 +29,8 @@ class Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, sum_input_grad: bool, gathers: bool, group, recipe: Recipe):
-        own = _padded(x.reshape(-1, x.shape[-1]), 1 if gathers else BLOCK)
-        rows = quantize_rows(own, recipe.power_of_two)
+        multiple = 1 if gathers else BLOCK
+        rows = following(lambda x: quantize_rows(_padded(x.reshape(-1, x.shape[-1]), multiple), recipe.power_of_two), x)
         ctx.save_for_backward(*rows)
         ctx.shape, ctx.dtype, ctx.weight, ctx.recipe = x.shape, x.dtype, weight, recipe
         ctx.sum_input_grad, ctx.gathers, ctx.group = sum_input_grad, gathers, group

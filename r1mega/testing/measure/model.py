@@ -35,7 +35,7 @@ def _alone(config: BenchConfig, device: Device) -> Iterator[Mesh]:
     from r1mega.compat import megatron_jit
 
     megatron_jit.apply()
-    mesh = open_mesh(device, ParallelConfig(), LaunchConfig(), config.seed)
+    mesh = open_mesh(device, ParallelConfig(recompute=config.recompute), LaunchConfig(), config.seed)
     try:
         yield mesh
     finally:
@@ -47,6 +47,7 @@ def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[st
     from r1mega.model.build import build_stages, transformer_config
     from r1mega.model.fp8.use import use_products
     from r1mega.model.fp8.weights import kept_weights
+    from r1mega.model.recompute import recomputing
 
     model = replace(config.model, num_layers=1, first_k_dense=0, num_mtp_layers=0, vocab_size=256, vocab_padding=0)
     dtype = DTYPES[config.precision.dtype]
@@ -69,7 +70,8 @@ def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[st
             device.reset_peak_bytes()
             begin = device.mark()
             with kept_weights():
-                output, _ = layer(hidden)
+                with recomputing(config.recompute):
+                    output, _ = layer(hidden)
                 middle = device.mark()
                 peaks["forward"] = max(peaks["forward"], device.peak_bytes())
                 device.reset_peak_bytes()
@@ -119,23 +121,17 @@ def training_step(config: BenchConfig, device: Device, rounds: int) -> tuple[dic
 
     model, shape = config.model, (config.micro_batch_size, config.sequence_length)
     optim = OptimConfig(lr=1e-4, min_lr=1e-4, warmup_steps=0, decay="constant")
-    passes, steps, marks, peaks = [], [], [], {"pass": 0, "update": 0}
+    passes, steps, marks = [], [], []
     with _alone(config, device) as mesh:
         trainee = Trainee(model, optim, mesh, config.precision, dispatcher=registry.lookup("dispatcher", "local")())
         update = trainee.optimizer.step
 
-        def peak_of(phase: str) -> None:
-            peaks[phase] = max(peaks[phase], device.peak_bytes())
-            device.reset_peak_bytes()
-
         def marked_update() -> Any:
             marks.append(device.mark())
-            peak_of("pass")
             return update()
 
         trainee.optimizer.step = marked_update
         draw = torch.Generator(device.torch_device).manual_seed(config.seed)
-        device.reset_peak_bytes()
         for number in range(config.warmup + rounds):
             batches = []
             for _ in range(config.microbatches):
@@ -148,10 +144,10 @@ def training_step(config: BenchConfig, device: Device, rounds: int) -> tuple[dic
             with named_layers(trainee, config.nvtx):
                 result = trainee.step(batches, token_losses, masked_sum, optim.lr, lambda loss, norm: "")
             end = device.mark()
-            peak_of("update")
             if number >= config.warmup:
                 passes.append(device.milliseconds(begin, marks[0]))
                 steps.append(device.milliseconds(begin, end))
+    peaks = trainee.peaks.by_phase
     pass_ms, step_ms = statistics.median(passes), statistics.median(steps)
     tokens = config.microbatches * shape[0] * shape[1]
     flops = train_flops_per_token(model, config.sequence_length) * tokens
@@ -165,7 +161,7 @@ def training_step(config: BenchConfig, device: Device, rounds: int) -> tuple[dic
         "tflops_forward_backward": _short(flops / pass_ms / 1e9),
         "tflops_step": _short(flops / step_ms / 1e9),
         "loss": round(result.loss, 4),
-        "peak_gib": round(max(peaks.values()) / GIB, 1),
+        "peak_gib": round(max(peaks["pass"], peaks["update"]) / GIB, 1),
         "peak_pass_gib": round(peaks["pass"] / GIB, 1),
         "peak_update_gib": round(peaks["update"] / GIB, 1),
     }
