@@ -113,6 +113,12 @@ class ParallelConfig:
         rule=are_recomputed,
         says=f"in [{','.join(RECOMPUTED)}], each once",
     )
+    fused_loss: bool = knob(
+        False,
+        "make logits a piece of the vocabulary at a time and never hold them all, in pretrain, sft and rl: for large vocabularies; "
+        "a fourth product of the head's size beside three",
+        "bool",
+    )
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 
 from r1mega.model.build import without_mtp
 from r1mega.model.context import ALONE, ContextPart
+from r1mega.model.head import Hidden
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,27 @@ def logits(model: torch.nn.Module, tokens_BS: torch.Tensor, part: ContextPart = 
     several context ranks ``tokens_BS`` and the logits are those of this rank's parts. A stage without the head gives its hidden
     states.
     """
-    inner = model
-    while not hasattr(inner, "decoder"):  # wrappers: DDP's, and a rank's stages
-        inner = inner.module if hasattr(inner, "module") else inner.stages[0]
+    inner = _stage(model)
     with without_mtp(inner):
         output = model(tokens_BS, _positions(tokens_BS, part), None)
     return output[..., : _num_tokens(inner, output.shape[-1])].float() if inner.post_process else output
+
+
+def hidden(model: torch.nn.Module, tokens_BS: torch.Tensor, part: ContextPart = ALONE) -> Hidden | torch.Tensor:
+    """What :func:`logits` are made of, with one tensor rank: the head's input and the head. A stage without it as there."""
+    inner = _stage(model)
+    if not inner.post_process:
+        return logits(model, tokens_BS, part)
+    with without_mtp(inner), inner.without_logits():
+        output_BSD = model(tokens_BS, _positions(tokens_BS, part), None)
+    weight_VD = inner.head_weight()
+    return Hidden(output_BSD, weight_VD, _num_tokens(inner, len(weight_VD)))
+
+
+def _stage(model: torch.nn.Module) -> torch.nn.Module:
+    while not hasattr(model, "decoder"):  # wrappers: DDP's, and a rank's stages
+        model = model.module if hasattr(model, "module") else model.stages[0]
+    return model
 
 
 def _num_tokens(stage: torch.nn.Module, width: int) -> int:

@@ -7,7 +7,9 @@ vocabulary at a time in either direction, and no tensor of ``[S, B, V]`` exists.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,14 @@ PIECE_LOGITS = 1 << 27
 """Logits that the fused loss holds at once, 256 MiB in bf16; of 512 words at least."""
 
 
+class Hidden(NamedTuple):
+    """What logits are made of: ``hidden_BSD``, ``weight_VD``, and how many of V are tokens."""
+
+    hidden_BSD: torch.Tensor
+    weight_VD: torch.Tensor
+    num_tokens: int
+
+
 class Head(ColumnLinear):
     """Megatron's output layer. ``passes_hidden``: give the hidden states on, for a loss that makes the logits itself."""
 
@@ -36,23 +46,37 @@ class Head(ColumnLinear):
 
 
 class LanguageModel(GPTModel):
-    """Megatron's model with our loss, MTP's too. ``fused_loss``: without logits of the whole vocabulary; scoring still has them."""
+    """Megatron's model with our loss, MTP's too. ``fused_loss``: losses without logits of the whole vocabulary."""
 
     fused_loss = False
 
     def forward(self, *args, labels: torch.Tensor | None = None, **kwargs):
         """Megatron's."""
-        if self.post_process:
-            self.output_layer.passes_hidden = self.fused_loss and labels is not None
-        return super().forward(*args, labels=labels, **kwargs)
+        with self.without_logits() if self.fused_loss and labels is not None else contextlib.nullcontext():
+            return super().forward(*args, labels=labels, **kwargs)
+
+    @contextlib.contextmanager
+    def without_logits(self) -> Iterator[None]:
+        """Inside, the head passes its input on."""
+        if not self.post_process:
+            yield
+            return
+        self.output_layer.passes_hidden = True
+        try:
+            yield
+        finally:
+            self.output_layer.passes_hidden = False
+
+    def head_weight(self) -> torch.Tensor:
+        """``[V / tensor, D]``, the embedding's where the two are tied."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels ``[B, S]`` and logits ``[S, B, V / tensor]``, or the hidden states in their place, to losses ``[B, S]``."""
         labels_SB, group, head = labels.transpose(0, 1).contiguous(), self.pg_collection.tp, self.output_layer
         if head.passes_hidden:
-            tied = self.share_embeddings_and_output_weights
-            weight = self.shared_embedding_or_output_weight() if tied else head.weight
-            losses_SB = _FusedLosses.apply(logits, weight, labels_SB, head.sequence_parallel, group)
+            losses_SB = _FusedLosses.apply(logits, self.head_weight(), labels_SB, head.sequence_parallel, group)
         else:
             losses_SB = _Losses.apply(logits, labels_SB, group)
         return losses_SB.transpose(0, 1).contiguous()

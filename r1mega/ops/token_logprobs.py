@@ -1,7 +1,7 @@
 """Ops ``token_logprobs`` and its backward: a token's log-probability and the entropy, without the logits of the whole vocabulary.
 
-With ``z = scale weight hidden``: ``logprob = z[target] - log sum_j e^z[j]`` and ``entropy = -sum_j p[j] log p[j]``, ``p = softmax(z)``.
-The logits are made a piece of the vocabulary at a time and folded into each token's sums; the backward makes them again.
+With ``z = scale weight hidden`` and ``p = softmax(z)``: ``logprob = log p[target]`` and ``entropy = -sum_j p[j] log p[j]``. The
+logits are made a piece of the vocabulary at a time and folded into each token's sums; the backward makes them again.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def _backward_fake(grad_logprobs, grad_entropy, hidden, weight, targets, log_sum
     return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
 
 
-def _case(T: int, D: int, V: int, *, padding: int = 0, strided: bool = False, scale: float = 1.0, ties: bool = False, by: float = 1.0):
+def _case(
+    T: int, D: int, V: int, *, padding: int = 0, strided: bool = False, scale: float = 1.0, ties: bool = False, by: float = 1.0
+):
     """``padding``: rows of the weight that are no token; ``scale``: of the logits; ``ties``: each twice; ``by``: the op's scale."""
 
     def make(dtype, device):

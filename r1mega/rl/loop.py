@@ -19,6 +19,7 @@ from r1mega.config.errors import Stopped, UserError
 from r1mega.config.rl import RlConfig
 from r1mega.data.problems import Problem, load_problems
 from r1mega.data.prompts import PromptStream
+from r1mega.model.head import Hidden
 from r1mega.rl.batch import RolloutBatch, RolloutRow, microbatches
 from r1mega.rl.loss import token_logprobs
 from r1mega.rl.metrics import mean_load, rollout_line
@@ -221,9 +222,9 @@ class RlLoop:
             for row, values in zip(batch.rows, batch.split(values_BS), strict=True):
                 setattr(row, name, values)
 
-    def logprobs(self, logits_BSV: torch.Tensor, batch: RolloutBatch) -> torch.Tensor:
+    def logprobs(self, output: torch.Tensor | Hidden, batch: RolloutBatch) -> torch.Tensor:
         """Log-probabilities of the rows' own tokens at the sampling temperature, fp32 ``[B, S]``."""
-        return token_logprobs(logits_BSV, batch.targets_BS, self.sizes.sampling.temperature or 1.0)[0]
+        return token_logprobs(output, batch.targets_BS, self.sizes.sampling.temperature or 1.0)[0]
 
     def batches(self, rows: list[RolloutRow]) -> list[RolloutBatch]:
         """Microbatches of rows on the device."""
@@ -243,9 +244,9 @@ class RlLoop:
         tokens = sum(self.mesh.gather_objects(sum(len(row.completion.token_ids) for row in rows)))
         sequences = sum(self.mesh.gather_objects(len(rows)))
 
-        def objective(logits_BSV: torch.Tensor, batch: RolloutBatch):
+        def objective(output: torch.Tensor | Hidden, batch: RolloutBatch):
             logprobs_BS, entropy_BS = token_logprobs(
-                logits_BSV, batch.targets_BS, self.sizes.sampling.temperature or 1.0, with_entropy=True
+                output, batch.targets_BS, self.sizes.sampling.temperature or 1.0, with_entropy=True
             )
             loss, stats = self.loss(
                 logprobs_BS,

@@ -1,7 +1,8 @@
 """The policy that RL sees: score tokens, update on an objective, name its weights, stand in for its reference. No Megatron in here.
 
-In and out are tensors ``[B, S]`` on the policy's device; the objective is the caller's function of logits. Where several context
-ranks share a sequence, a rank sees its own parts of it (:attr:`Policy.part`) and its objective is the share of those tokens.
+In and out are tensors ``[B, S]`` on the policy's device; the objective is the caller's function of logits or, with
+``parallel.fused_loss``, of what they are made of. Where several context ranks share a sequence, a rank sees its own parts of it
+(:attr:`Policy.part`) and its objective is the share of those tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from r1mega.config.train import OptimConfig
 from r1mega.mesh import Mesh
 from r1mega.model import names, published
 from r1mega.model.context import ContextPart
-from r1mega.model.forward import logits
+from r1mega.model.forward import hidden, logits
+from r1mega.model.head import Hidden
 from r1mega.train import checkpoint
 from r1mega.train.checkpoint import TrainState
 from r1mega.train.saving import Saver
@@ -55,32 +57,38 @@ class Policy:
         """What divides the width of a microbatch's whole rows: the layout cuts them into so many equal pieces."""
         return self.part.multiple * self.mesh.axes["tensor"].size
 
-    def score(self, batches: Sequence[HasTokens], read: Callable[[torch.Tensor, Any], Any]) -> list[Any]:
-        """``read(logits_BSV, batch)`` for every microbatch, without gradients."""
+    def _output(self, model: torch.nn.Module, batch: HasTokens) -> torch.Tensor | Hidden:
+        return (hidden if self.mesh.parallel.fused_loss else logits)(model, batch.tokens_BS, self.part)
+
+    def score(self, batches: Sequence[HasTokens], read: Callable[[Any, Any], Any]) -> list[Any]:
+        """``read(output, batch)`` for every microbatch, without gradients.
+
+        ``output``: logits ``[B, S, V]``, or, with ``parallel.fused_loss``, :class:`r1mega.model.head.Hidden`.
+        """
         self.trainee.model.eval()
         with torch.no_grad():
-            return [read(logits(self.trainee.model, batch.tokens_BS, self.part), batch) for batch in batches]
+            return [read(self._output(self.trainee.model, batch), batch) for batch in batches]
 
     def update(
         self,
         batches: Sequence[HasTokens],
-        objective: Callable[[torch.Tensor, Any], tuple[torch.Tensor, dict[str, float]]],
+        objective: Callable[[Any, Any], tuple[torch.Tensor, dict[str, float]]],
         lr: float,
         judge: Judge,
     ) -> StepResult:
-        """One optimizer step on the sum of ``objective(logits_BSV, batch)`` over all microbatches of all ranks.
+        """One optimizer step on the sum of ``objective(output, batch)`` over all microbatches of all ranks.
 
-        The objective returns its share of the loss, already normalised for the whole minibatch, and statistics to be added up. A
-        step that ``judge`` finds wrong is not applied.
+        ``output``: see :meth:`score`. The objective returns its share of the loss, already normalised for the whole minibatch, and
+        statistics to be added up. A step that ``judge`` finds wrong is not applied.
         """
         # The trainee divides by the number of items: one a microbatch, which one of its context ranks counts.
         parts, items = len(batches) * self.mesh.data_size, int(self.part.rank == 0)
 
-        def loss(output: torch.Tensor, batch: HasTokens):
+        def loss(output: torch.Tensor | Hidden, batch: HasTokens):
             value, stats = objective(output, batch)
             return value * parts, items, {**stats, "objective": float(value.detach())}
 
-        result = self.trainee.step(list(batches), lambda model, batch: logits(model, batch.tokens_BS, self.part), loss, lr, judge)
+        result = self.trainee.step(list(batches), self._output, loss, lr, judge)
         result.loss = result.stats.pop("objective")
         return result
 

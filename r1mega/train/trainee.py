@@ -81,6 +81,8 @@ class Trainee:
         built = build_stages(model, self.config, mesh.megatron_groups(), placement, mesh.parallel.stages, dispatcher)
         self.stages = [stage.to(mesh.device.torch_device) for stage in built]
         use_products(self.stages, precision, model, mesh.parallel)
+        for stage in self.stages:
+            stage.fused_loss = mesh.parallel.fused_loss
         held = Stages(self.stages)
         self.embedding_copy = gradients.EmbeddingCopy(
             mesh, self.stages, placement, needed=model.tie_embeddings or bool(model.num_mtp_layers)
