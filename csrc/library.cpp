@@ -13,8 +13,12 @@
 extern "C" __attribute__((used, visibility("default"))) const char r1mega_build[] = "r1mega-build:" R1MEGA_BUILD ";";
 
 TORCH_LIBRARY(r1mega, m) {
-  m.def("accumulate_product_(Tensor(a!) out, Tensor left, Tensor right) -> ()");
-  m.def("accumulate_grouped_(Tensor(a!) out, Tensor left, Tensor right, Tensor ends) -> ()");
+  m.def("accumulate_product_(Tensor(a!) out, Tensor left, Tensor right, bool overwrite=False) -> ()");
+  m.def("accumulate_grouped_(Tensor(a!) out, Tensor left, Tensor right, Tensor ends, bool overwrite=False) -> ()");
+  m.def(
+      "accumulate_grouped_quantized_(Tensor(a!) out, Tensor left, Tensor left_scales, Tensor right, Tensor right_scales, "
+      "Tensor ends, bool overwrite=False) "
+      "-> ()");
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] copies, "
       "Tensor step, float lr, float beta1, float beta2, float eps, float weight_decay, float? grad_scale) "

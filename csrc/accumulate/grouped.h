@@ -8,10 +8,11 @@
 
 namespace r1mega {
 
-// True where accumulate_grouped_wgmma takes these: bf16 operands that lie contiguous, and an `out` with a multiple of 256 rows an
-// expert and a multiple of 8 columns.
+// True where accumulate_grouped_wgmma takes these: a Hopper GPU, bf16 operands that lie contiguous, N and K multiples of 8, an `out` of
+// some numbers.
 bool fits_wgmma(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right);
 
-void accumulate_grouped_wgmma(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right, const at::Tensor& ends);
+void accumulate_grouped_wgmma(
+    const at::Tensor& out, const at::Tensor& left, const at::Tensor& right, const at::Tensor& ends, bool overwrite);
 
 }  // namespace r1mega

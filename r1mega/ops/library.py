@@ -46,6 +46,7 @@ class Op:
     ``setup_context`` and ``backward``: of ``torch.library.register_autograd``; None: the op has no gradient. ``dtypes``: what its
     cases are made of. ``exact``: kernels give the reference's bits; otherwise their error against the reference in fp64 is at most
     twice the reference's own in the case's dtype, of values and of gradients (those that autograd finds through the reference).
+    ``tensor_core_error``: what a GPU's may be above that, of the norm of the values: FP8 products are summed with fewer bits there.
     """
 
     schema: str
@@ -56,6 +57,7 @@ class Op:
     cases: tuple[Case, ...] = field(default=())
     dtypes: tuple[torch.dtype, ...] = (*FP32_BF16, torch.float64)
     exact: bool = True
+    tensor_core_error: float = 0.0
 
     @property
     def name(self) -> str:

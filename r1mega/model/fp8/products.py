@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from r1mega import device
 from r1mega.config.errors import UserError
+from r1mega.ops.accumulate_quantized import accumulate_grouped_quantized_
 from r1mega.ops.quantize import BLOCK, Quantized
 
 
@@ -61,6 +62,17 @@ def add_rows_by_rows_(total: torch.Tensor, left: Quantized, right: Quantized) ->
         total += _of_rows(left) @ _of_rows(right).t()
         return
     deep_gemm().fp8_gemm_nt(tuple(left), tuple(right), total, c=total, recipe=(1, 1, BLOCK))
+
+
+def add_grouped_rows_by_rows_(
+    total: torch.Tensor, left: Quantized, right: Quantized, ends_E: torch.Tensor, overwrite: bool = False
+) -> None:
+    """:func:`add_rows_by_rows_` for each expert: ``total [e, N, K]``, its rows of the batch ``ends_E[i - 1]`` to ``ends_E[i]``.
+
+    ``left [N, R]``, ``right [K, R]``; ``ends_E``: int32, multiples of 128. ``overwrite``: ``total`` is set, and 0 for experts
+    without rows. Nothing waits for a GPU.
+    """
+    accumulate_grouped_quantized_(total, left, right, ends_E, overwrite=overwrite)
 
 
 def grouped_rows_by_blocks(
