@@ -97,6 +97,7 @@ class LatentAttention(MLASelfAttention):
     def __init__(self, config, submodules, *args, **kwargs):
         # Megatron takes its own class alone for the projections down; ours, a subclass without state of its own, comes in after it.
         own = {name: getattr(submodules, name) for name in ("linear_q_down_proj", "linear_kv_down_proj")}
+        own = {name: cls for name, cls in own.items() if issubclass(cls, ColumnParallelLinear)}
         megatrons = replace(submodules, **dict.fromkeys(own, ColumnParallelLinear))
         super().__init__(config, megatrons, *args, **kwargs)
         for name, cls in own.items():

@@ -55,14 +55,16 @@ class MixtureOfExperts(MoELayer):
         probs_TE, routing_map_TE = self.route(hidden_states, padding_mask)
         probs_TE, routing_map_TE = self._to_slots(probs_TE, routing_map_TE)
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        output = self.routed(hidden_TD, probs_TE, routing_map_TE).view(hidden_states.shape)
+        return output if shared is None else output + shared, None
+
+    def routed(self, hidden_TD: torch.Tensor, probs_TE: torch.Tensor, routing_map_TE: torch.Tensor) -> torch.Tensor:
+        """The routed experts alone: ``[T, D]`` to each token's sum of answers. Columns of the other two are slots (bool: chosen)."""
         if self.experts.fp8 is not None and getattr(self.token_dispatcher, "is_local", False):
-            output = self.experts.on_tokens(hidden_TD, probs_TE, routing_map_TE, self.config.moe_router_topk)
-            output = output.view(hidden_states.shape)
-            return output if shared is None else output + shared, None
+            return self.experts.on_tokens(hidden_TD, probs_TE, routing_map_TE, self.config.moe_router_topk)
         sent = self.token_dispatcher.dispatch(hidden_TD, probs_TE, routing_map_TE)
         rows_RD, _ = self.experts(sent.rows_RD, sent.tokens_per_expert, sent.probs_R)
-        output = self.token_dispatcher.combine(rows_RD, sent.route).view(hidden_states.shape)
-        return output if shared is None else output + shared, None
+        return self.token_dispatcher.combine(rows_RD, sent.route)
 
     def _to_slots(self, probs_TE: torch.Tensor, routing_map_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The router's columns, by logical expert, in the order of the slots where the experts lie."""
