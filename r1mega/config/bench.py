@@ -31,8 +31,8 @@ class BenchConfig(RunConfig):
     tokens: int = knob(16384, "moe: tokens of one pass", "tokens", **at_least(1))
     routed_only: bool = knob(
         False,
-        "moe: from permute to unpermute alone, without router and shared experts; the choice of experts is random and even, so that "
-        "1,024 tokens with top-8 of 32 are 256 rows an expert",
+        "moe: from permute to unpermute alone, without router and shared experts; the choice of experts is random and even: 1,024 "
+        "tokens with top-8 of 32 are 256 rows an expert",
         "bool",
     )
     peer: bool = knob(

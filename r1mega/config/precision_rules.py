@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 
 from r1mega import registry
-from r1mega.config.errors import Violation
+from r1mega.config.errors import Violation, either
 from r1mega.config.model import ModelConfig
 from r1mega.config.model_rules import multiples
 from r1mega.config.run import ComputeConfig, DeviceConfig, ParallelConfig, PrecisionConfig
@@ -92,9 +92,7 @@ def width_violations(precision: PrecisionConfig, model: ModelConfig, parallel: P
             yield Violation(key, rule, width, ((key, multiples(step, width)), ("precision.products", ("plain",))))
 
 
-def row_violations(
-    where: str, length: int, parallel: ParallelConfig, sequences: int = 1, whose: str = ""
-) -> Iterator[Violation]:
+def row_violations(where: str, length: int, parallel: ParallelConfig, sequences: int = 1, whose: str = "") -> Iterator[Violation]:
     """The rows of a microbatch with ``te``: ``sequences`` (the knob ``whose``) of ``length`` tokens each (the knob ``where``)."""
     step = (TE_STEP if parallel.tensor == 1 else BLOCK * parallel.tensor) * parallel.context
     if sequences * length % step:
@@ -120,7 +118,7 @@ def _training_with_te(config: PretrainConfig | SftConfig) -> Iterator[Violation]
     instead = ("precision.products", ("plain",))
     name = registry.name_of("pipeline", config.pipeline)
     if name not in TE_PIPELINES:
-        rule = f"{', '.join(TE_PIPELINES[:-1])} or {TE_PIPELINES[-1]} with precision.products=te, whose weight gradients cannot wait"
+        rule = f"{either(TE_PIPELINES)} with precision.products=te, whose weight gradients never wait"
         yield Violation("pipeline", rule, name, (("pipeline", ("1f1b",)), instead))
     if config.optim.moment_dtype != "fp32":
         key, rule = "optim.moment_dtype", "fp32 with precision.products=te, beside which Megatron-Core takes its package's Adam"
@@ -137,7 +135,7 @@ def _widths_of_te(m: ModelConfig, parallel: ParallelConfig) -> Iterator[Violatio
     if m.num_layers > m.first_k_dense or m.num_mtp_layers:
         one.append(("moe_ffn_size", m.moe_ffn_size))
     shared = [
-        ("kv_lora_rank + qk_rope_head_dim", m.kv_lora_rank + m.qk_rope_head_dim),
+        ("(kv_lora_rank + qk_rope_head_dim)", m.kv_lora_rank + m.qk_rope_head_dim),
         ("num_heads x (qk_nope_head_dim + qk_rope_head_dim)", m.num_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)),
         ("num_heads x (qk_nope_head_dim + v_head_dim)", m.num_heads * (m.qk_nope_head_dim + m.v_head_dim)),
         ("num_heads x v_head_dim", m.num_heads * m.v_head_dim),

@@ -59,7 +59,7 @@ class MixtureOfExperts(MoELayer):
         return output if shared is None else output + shared, None
 
     def routed(self, hidden_TD: torch.Tensor, probs_TE: torch.Tensor, routing_map_TE: torch.Tensor) -> torch.Tensor:
-        """The routed experts alone: ``[T, D]`` to each token's sum of answers. Columns of the other two are slots (bool: chosen)."""
+        """The routed experts alone: ``[T, D]`` to each token's sum of answers, ``[T, D]``. The others' columns are slots."""
         if self.experts.fp8 is not None and getattr(self.token_dispatcher, "is_local", False):
             return self.experts.on_tokens(hidden_TD, probs_TE, routing_map_TE, self.config.moe_router_topk)
         sent = self.token_dispatcher.dispatch(hidden_TD, probs_TE, routing_map_TE)

@@ -86,6 +86,8 @@ class TeExperts(GroupedExperts):
 
     def forward(self, rows_RD: torch.Tensor, tokens_per_expert: torch.Tensor, probs_R: torch.Tensor):
         """As :meth:`GroupedExperts.forward`; a backward pass needs ``main_grad``."""
+        if not len(rows_RD):  # nothing for the kernels; the answers still lead back to the rows and their probabilities
+            return rows_RD + 0 * probs_R.sum().to(rows_RD.dtype), None
         self._lend()
         return self._engine[0](rows_RD, tokens_per_expert, probs_R)
 

@@ -6,6 +6,7 @@ add up. ENGINE_DEVICE is cpu or cuda.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 import torch
 import transformer_engine
 
+from r1mega import api
 from r1mega.config.errors import UserError
 from r1mega.config.run import DeviceConfig, LaunchConfig, ParallelConfig, PrecisionConfig
 from r1mega.device import open_device
 from r1mega.mesh import open_mesh
 from r1mega.model.forward import TokenTensors, token_losses
+from r1mega.testing.measure import ceilings
 from r1mega.train import checkpoint
 from r1mega.train.fit import masked_sum
 from r1mega.train.trainee import Trainee
@@ -177,7 +180,9 @@ def test_experts_answer_for_any_number_of_rows(counts: tuple[int, ...]) -> None:
 
     groups, rows = mesh().megatron_groups(), sum(counts)
     config = transformer_config(WIDE, ParallelConfig(), torch.bfloat16, products="te")
-    config.disable_parameter_transpose_cache = True  # so that gradients are added to what is there, as from the second microbatch on
+    config.disable_parameter_transpose_cache = (
+        True  # so that gradients are added to what is there, as from the second microbatch on
+    )
     draw = torch.Generator().manual_seed(3)
     made, found = [cls(4, config, pg_collection=groups).to(DEVICE) for cls in (TeExperts, GroupedExperts)], []
     with torch.no_grad(), te.entered(config):  # what has been lent before the weights move is not used behind it
@@ -199,6 +204,37 @@ def test_experts_answer_for_any_number_of_rows(counts: tuple[int, ...]) -> None:
     for mine, theirs in zip(*found, strict=True):
         assert mine.shape == theirs.shape and 0.005 < error(mine, theirs) < 2 * FP8_ERROR
     assert not found[0][3][1].any() and found[0][3][3].any()  # expert 1 has no rows
+
+
+def test_no_rows_are_no_trouble() -> None:
+    from r1mega.model.build import transformer_config
+    from r1mega.model.fp8 import te
+    from r1mega.model.fp8.te_layers import TeExperts
+
+    groups = mesh().megatron_groups()
+    config = transformer_config(WIDE, ParallelConfig(), torch.bfloat16, products="te")
+    experts = TeExperts(4, config, pg_collection=groups).to(DEVICE)
+    x, probs = (torch.zeros(*shape, device=DEVICE).bfloat16().requires_grad_() for shape in ((0, 128), (0,)))
+    with te.entered(config):
+        out, _ = experts(x, torch.zeros(4, dtype=torch.int64, device=DEVICE), probs)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (0, 128) and out.dtype == torch.bfloat16 and probs.grad.shape == (0,)
+
+
+@pytest.mark.parametrize("kind", [("moe", "tokens=256"), ("moe", "tokens=250", "routed_only=true"), ("step", "microbatches=2")])
+def test_bench_measures_the_peer_after_ours(monkeypatch, tmp_path: Path, capsys, kind: tuple[str, ...]) -> None:
+    monkeypatch.setattr(ceilings, "measure", lambda device: {"copy": 1e9, "bf16": 1e12})
+    widths = {"moe_ffn_size": 128, "q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64}
+    words = [f"bench={kind[0]}", *kind[1:], *(f"model.{name}={width}" for name, width in widths.items()), "model.v_head_dim=128"]
+    words += ["model=tiny", "model.num_layers=2", "precision=fp8", "peer=true", "sequence_length=64", "rounds=2", "warmup=1"]
+    api.bench(*words, f"device={DEVICE}", "device.threads=1", f"out={tmp_path}")
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["precision"], told["peer"]["precision"]) == ("fp8", "fp8_te")
+    ours, theirs = told["forward_backward_ms"], told["peer"]["forward_backward_ms"]
+    assert told["peer_over_ours_forward_backward"] == pytest.approx(theirs / ours, rel=1e-2) and ours > 0
+    if kind[0] == "step":
+        assert abs(told["loss"] - told["peer"]["loss"]) < 0.1
+        assert told["peer_over_ours_step"] > 0
 
 
 def test_what_it_does_not_have_is_refused() -> None:

@@ -24,7 +24,12 @@ def run_cases(where: str, *paths: str) -> None:
     path = os.pathsep.join([*paths, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "engine_cases.py")]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "ENGINE_DEVICE": where}, capture_output=True, text=True, timeout=900
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path, "ENGINE_DEVICE": where},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-500:]

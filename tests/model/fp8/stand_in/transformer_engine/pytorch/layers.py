@@ -3,6 +3,7 @@
 import pickle
 
 import torch
+
 from transformer_engine.common.recipe import Float8BlockScaling, Format
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
