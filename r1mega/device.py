@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import platform
 import resource
@@ -93,6 +94,12 @@ class Device:
         found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
         return found or platform.processor() or platform.machine()
 
+    def release_unused(self) -> None:
+        """Give back what no tensor holds any more, cycles of objects included, before a second model is built in this process."""
+        gc.collect()
+        if not self.is_cpu:
+            torch.cuda.empty_cache()
+
     def reset_peak_bytes(self) -> None:
         """Let :meth:`peak_bytes` begin anew; a CPU's cannot."""
         if not self.is_cpu:
@@ -165,6 +172,7 @@ def local_rank() -> int:
 
 
 _chosen: Device | None = None
+_attention = "auto"
 
 
 def allocation_device() -> torch.device:
@@ -190,8 +198,9 @@ def gpu_capability() -> str | None:
 
 def open_device(config: DeviceConfig) -> Device:
     """Choose the device and set threads and number modes. Raises UserError where a GPU is asked for and there is none."""
-    global _chosen
+    global _chosen, _attention
     _set_determinism(config.deterministic)
+    _attention = config.attention
     if config.kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError("device.kind: torch sees no GPU; got cuda; use device=cpu or install a CUDA build of torch")
@@ -242,12 +251,24 @@ def _side_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
 
 
-def attention_kernels(device: torch.device) -> contextlib.AbstractContextManager:
-    """Inside, torch's attention asks the fastest kernel first that takes queries wider than values: on a GPU cuDNN's."""
+def attention_choice() -> str:
+    """``device.attention`` of the device that :func:`open_device` chose last; auto before that."""
+    return _attention
+
+
+def attention_kernels(device: torch.device, *, masked: bool = False) -> contextlib.AbstractContextManager:
+    """Inside, torch's attention takes the kernel of ``device.attention``; with auto it asks the fastest one first that takes
+    queries wider than values, on a GPU cuDNN's. ``masked``: there is a mask, which flash kernels do not know: as auto then.
+    """
     if device.type == "cpu":
         return contextlib.nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    alone = {"cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+    if not masked:
+        alone["flash"] = SDPBackend.FLASH_ATTENTION
+    if _attention in alone:
+        return sdpa_kernel(alone[_attention])
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
 

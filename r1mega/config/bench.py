@@ -36,6 +36,17 @@ class BenchConfig(RunConfig):
         says=f"in [{','.join(RECOMPUTED)}], each once",
     )
     tokens: int = knob(16384, "moe: tokens of one pass", "tokens", **at_least(1))
+    routed_only: bool = knob(
+        False,
+        "moe: from permute to unpermute alone, without router and shared experts; the choice of experts is random and even: 1,024 "
+        "tokens with top-8 of 32 are 256 rows an expert",
+        "bool",
+    )
+    peer: bool = knob(
+        False,
+        "moe, step: with precision=fp8, the same again with precision=fp8_te in this process, and the peer's median time over ours",
+        "bool",
+    )
     sequence_length: int = knob(4096, "step: tokens of a sequence", "tokens", **at_least(2))
     micro_batch_size: int = knob(1, "step: sequences of a microbatch", "sequences", **at_least(1))
     microbatches: int = knob(4, "step: microbatches of a step", "microbatches", **at_least(1))

@@ -30,7 +30,7 @@ from r1mega.config.parallel_rules import (
     whole_model_violations,
     world_size,
 )
-from r1mega.config.precision_rules import dtype_violations, precision_violations, width_violations
+from r1mega.config.precision_rules import bench_violations, precision_violations, row_violations, width_violations
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RewardConfig, RlConfig
 from r1mega.config.run import ComputeConfig, LogConfig, ParallelConfig
 from r1mega.config.saving_rules import export_violations
@@ -98,12 +98,8 @@ def cross_violations(config: Any) -> Iterator[Violation]:
         yield from layout_violations(config)
         yield from precision_violations(config)
         yield from _log(config.log)
-    if isinstance(config, BenchConfig) and config.bench != "ops":
-        yield from model_violations(config.model, ParallelConfig(), 1)
-        yield from dtype_violations(config.precision)
-        yield from width_violations(config.precision, config.model, ParallelConfig())
-        if config.bench == "step":
-            yield from _length("sequence_length", config.sequence_length, config.model)
+    if isinstance(config, BenchConfig):
+        yield from _bench(config)
     if isinstance(config, PretrainConfig | SftConfig):
         yield from choice_violations(config)
     if isinstance(config, PretrainConfig):
@@ -129,6 +125,32 @@ def cross_violations(config: Any) -> Iterator[Violation]:
         yield from whole_model_violations(config)
     if isinstance(config, ChatConfig) and world_size(config) > 1:
         yield Violation("launch.processes", "1, a conversation has one terminal", world_size(config), (("launch.processes", (1,)),))
+
+
+def _bench(config: BenchConfig) -> Iterator[Violation]:
+    """What is measured against what it is measured with; with ``peer`` both have to be there."""
+    for key, given, benches in (("peer", config.peer, ("moe", "step")), ("routed_only", config.routed_only, ("moe",))):
+        if given and config.bench not in benches:
+            rule = f"false but for bench={' and '.join(benches)}"
+            yield Violation(key, rule, "true", ((key, (False,)), ("bench", benches)))
+    if config.bench == "ops":
+        return
+    precision, alone = config.precision, ParallelConfig()
+    yield from model_violations(config.model, alone, 1)
+    yield from bench_violations(config.device, precision, config.model)
+    if config.peer and precision.products != "fp8":
+        rule = "false but for precision=fp8, which the peer's is compared with"
+        yield Violation("peer", rule, "true", (("peer", (False,)), ("precision", ("fp8",))))
+    if config.bench == "step":
+        yield from _length("sequence_length", config.sequence_length, config.model)
+    if precision.products != "te" and not config.peer:
+        return
+    if config.peer and precision.products == "fp8":
+        yield from width_violations(dataclasses.replace(precision, products="te"), config.model, alone)
+    if config.bench == "step":
+        yield from row_violations("sequence_length", config.sequence_length, alone, config.micro_batch_size, "micro_batch_size")
+    elif not config.routed_only:
+        yield from row_violations("tokens", config.tokens, alone)
 
 
 def check_cut(config: PretrainConfig | SftConfig, model: ModelConfig) -> None:

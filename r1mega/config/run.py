@@ -18,6 +18,14 @@ class DeviceConfig:
     kind: str = knob("cpu", "cpu (Gloo) or cuda (NCCL)", "name", **one_of("cpu", "cuda"))
     deterministic: bool = knob(True, "two runs give the same bits (device=cuda has false: it costs speed there)", "bool")
     threads: int = knob(0, "CPU threads of one process; 0: cores divided by local processes", "threads", **at_least(0))
+    attention: str = knob(
+        "auto",
+        "kernel of core attention on a GPU: auto: the first of torch's that can, cuDNN's before others; cudnn, flash, math: that "
+        "one of torch's alone; flash_attn: the package's. flash and flash_attn get values filled up with zeros to the keys' width, "
+        "and know no masks: where packed samples do not see each other (sft, packing=isolated) auto does their work",
+        "name",
+        **one_of("auto", "cudnn", "flash", "math", "flash_attn"),
+    )
 
 
 @dataclass
@@ -131,10 +139,10 @@ class PrecisionConfig:
     dtype: str = knob("fp32", "format of parameters and activations", "name", **one_of("fp32", "bf16"))
     products: str = knob(
         "plain",
-        "matrix products of linear layers and experts: plain: in dtype; fp8: E4M3 in blocks of 1x128 and 128x128 (V3 3.3), "
-        "embedding, head, router, norms and attention in dtype",
+        "matrix products of linear layers and experts: plain: in dtype; fp8: E4M3 in blocks of 1x128 and 128x128 (V3 3.3); "
+        "te: the same by Transformer Engine (extra te). Embedding, head, router, norms and attention are in dtype",
         "name",
-        **one_of("plain", "fp8"),
+        **one_of("plain", "fp8", "te"),
     )
     power_of_two_scales: bool = knob(False, "with products=fp8: scales that are powers of two, as DeepSeek-V3.1 has", "bool")
 

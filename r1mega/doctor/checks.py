@@ -60,8 +60,9 @@ PARTS = {
     "transformer-engine": (
         "package",
         "transformer_engine.pytorch",
-        "nothing yet: this version has no precision=fp8_te; attention, norms and linear layers are torch's",
+        "precision=fp8_te on a GPU, whose products it does; precision=fp8 needs none of it",
     ),
+    "flash-attn": ("package", "flash_attn", "device.attention=flash_attn; otherwise attention is torch's"),
     "sgl-deep-gemm": ("package", "deep_gemm", "precision=fp8 on a GPU, whose experts' products it does"),
     "sglang": ("package", "sglang", "nothing yet: this version has no engine=sglang; engine=local generates in the trainer"),
     "ray": ("package", "ray", "nothing yet: this version starts processes itself (launch.processes) or joins torchrun's"),
@@ -69,7 +70,7 @@ PARTS = {
 }
 """Package to (probe, its argument, what is off without it)."""
 
-EXTRAS = ("transformer-engine", "sgl-deep-gemm", "sglang", "ray", "wandb", "pyarrow", "zstandard", "fsspec")
+EXTRAS = ("transformer-engine", "sgl-deep-gemm", "flash-attn", "sglang", "ray", "wandb", "pyarrow", "zstandard", "fsspec")
 """Optional ones, in the order of the table; the project's own requirements are required instead."""
 
 TITLES = {
@@ -127,14 +128,6 @@ def checks(folder: Path) -> list[Check]:
         ),
         Check("kernels of csrc/", False, "nothing: plain torch does their work, more slowly", _build(), ("kernels",)),
         *(_package(requirement, required=False) for requirement in extras),
-        Check(
-            "flash-attn",
-            False,
-            "nothing: attention is torch's scaled_dot_product_attention",
-            _pip("flash-attn"),
-            ("package", "flash_attn", "flash-attn"),
-            note="not used: attention is torch's",
-        ),
         Check(
             "Apex",
             False,

@@ -8,6 +8,8 @@ latents (``kv_lora_rank + rope`` wide, whatever the number of heads) are gathere
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +25,8 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-from r1mega.device import attention_kernels
+from r1mega.config.errors import UserError
+from r1mega.device import attention_choice, attention_kernels
 from r1mega.model.context import ContextPart
 from r1mega.model.part_attention import gathered_attention, ring_attention
 from r1mega.model.recompute import following, is_remade, remade
@@ -31,6 +34,22 @@ from r1mega.ops.mla_rope import mla_rope
 
 EXCHANGES = {"allgather": "all_gather", "ring": "p2p"}
 """``parallel.context_exchange`` to Megatron's ``cp_comm_type``."""
+ONE_WIDTH = ("flash", "flash_attn")
+"""Kernels that want values as wide as keys."""
+
+
+@functools.cache
+def flash_attention() -> Callable:
+    """``flash_attn_func`` of the package flash-attn: ``[B, S, H, d]`` thrice, one width. UserError where it is missing."""
+    try:
+        from flash_attn import flash_attn_func
+    except Exception as error:  # it loads a library: whatever it raises, the package is not usable here
+        told = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"device.attention: flash_attn is the package flash-attn; got {type(error).__name__}: {told}; "
+            "pip install --no-build-isolation 'r1mega[flash]', or use device.attention=auto"
+        ) from None
+    return flash_attn_func
 
 
 class CoreAttention(MegatronModule):
@@ -39,7 +58,8 @@ class CoreAttention(MegatronModule):
     ``query, key``: ``[S, B, H, nope + rope]``; ``value``: ``[S, B, H, v]``; returns ``[S, B, H * v]``. ``attention_mask``: None
     for plain causal attention; bool ``[B, 1, S, S]``, True where a query may look (packed samples); with several context ranks
     int32 ``[B, S]``, the sample numbers of the whole rows. There ``query`` holds this rank's two parts, and ``key`` and ``value``
-    those too (``p2p``) or the whole sequence in order (``all_gather``).
+    those too (``p2p``) or the whole sequence in order (``all_gather``). Kernels of one width (``device.attention`` flash and
+    flash_attn, and a CPU's) get values filled up with zeros to the keys' width; what they add to the output is cut off.
     """
 
     def __init__(
@@ -59,6 +79,8 @@ class CoreAttention(MegatronModule):
         self.exchange = cp_comm_type or EXCHANGES["allgather"]
         if self.exchange not in EXCHANGES.values():
             raise ValueError(f"model: cp_comm_type is one of {', '.join(EXCHANGES.values())}; got {cp_comm_type!r}")
+        if attention_choice() == "flash_attn":
+            flash_attention()  # before a step is made
 
     @property
     def takes_whole_keys(self) -> bool:
@@ -71,17 +93,26 @@ class CoreAttention(MegatronModule):
         if self.part.size > 1:
             exchanged = gathered_attention if self.takes_whole_keys else ring_attention
             return exchanged(query, key, value, attention_mask, self.part, self.softmax_scale).flatten(2)
-        value_dim = value.shape[-1]
-        if value.device.type == "cpu":  # torch's fused kernel for the CPU wants one width; without it the scores are materialised
+        value_dim, choice, masked = value.shape[-1], attention_choice(), attention_mask is not None
+        if value.device.type == "cpu" or (choice in ONE_WIDTH and not masked):
+            # on a CPU too: torch's fused kernel wants one width; without it the scores are materialised
             missing = max(0, query.shape[-1] - value_dim)
             value = following(lambda value: F.pad(value, (0, missing)), value)
-        with attention_kernels(query.device):
+        if choice == "flash_attn" and not masked:
+            out_BSHv = flash_attention()(
+                *(tensor.transpose(0, 1) for tensor in (query, key, value)),
+                softmax_scale=self.softmax_scale,
+                causal=True,
+                deterministic=torch.are_deterministic_algorithms_enabled(),
+            )[..., :value_dim]
+            return out_BSHv.transpose(0, 1).flatten(2)
+        with attention_kernels(query.device, masked=masked):
             out_BHSv = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
                 attn_mask=attention_mask,
-                is_causal=attention_mask is None,
+                is_causal=not masked,
                 scale=self.softmax_scale,
             )[..., :value_dim]
         return out_BHSv.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
@@ -100,6 +131,7 @@ class LatentAttention(MLASelfAttention):
     def __init__(self, config, submodules, *args, **kwargs):
         # Megatron takes its own class alone for the projections down; ours, a subclass without state of its own, comes in after it.
         own = {name: getattr(submodules, name) for name in ("linear_q_down_proj", "linear_kv_down_proj")}
+        own = {name: cls for name, cls in own.items() if issubclass(cls, ColumnParallelLinear)}
         megatrons = replace(submodules, **dict.fromkeys(own, ColumnParallelLinear))
         super().__init__(config, megatrons, *args, **kwargs)
         for name, cls in own.items():

@@ -32,6 +32,7 @@ from r1mega.config.run import ParallelConfig
 from r1mega.config.stages import StagePlan, plan
 from r1mega.model.attention import EXCHANGES, CoreAttention, LatentAttention
 from r1mega.model.experts import GroupedExperts
+from r1mega.model.fp8 import te
 from r1mega.model.head import Head, LanguageModel
 from r1mega.model.layers import LatentRMSNorm, RMSNorm
 from r1mega.model.linear import split_weight_gradients
@@ -39,8 +40,14 @@ from r1mega.model.mlp import SharedMLP, dense_spec
 from r1mega.model.moe import mixture_spec
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, *, meta: bool = False):
-    """Megatron's config of ``model``. ``meta``: weights have shapes and no storage."""
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, *, meta: bool = False, products: str = "plain"
+):
+    """Megatron's config of ``model``. ``meta``: weights have shapes and no storage. ``products``: see ``precision.products``; "te"
+    makes Transformer Engine's layers of it, and raises UserError where that is missing.
+    """
+    if products == "te":
+        te.require()
     yarn = model.yarn.factor > 1
     has_groups = model.num_groups > 1
     std = model.init_std
@@ -116,23 +123,29 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         gradient_accumulation_fusion=False,
         cross_entropy_loss_fusion=False,
         apply_rope_fusion=False,
+        **(te.OPTIONS if products == "te" else {}),
     )
 
 
 def _layer(config: MLATransformerConfig, groups: ProcessGroupCollection, dispatcher: Any, *, moe: bool) -> ModuleSpec:
     """One decoder layer: MLA, then a dense FFN or DeepSeek's MoE."""
-    dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    column, row, experts = ColumnParallelLinear, RowParallelLinear, GroupedExperts
+    if config.fp8:
+        from r1mega.model.fp8.te_layers import TEColumnParallelLinear, TeExperts, TERowParallelLinear
+
+        column, row, experts = TEColumnParallelLinear, TERowParallelLinear, TeExperts
+    dense = MLPSubmodules(linear_fc1=column, linear_fc2=row)
     shared = ModuleSpec(module=SharedMLP, submodules=dense) if config.moe_shared_expert_intermediate_size else None
-    parts = MoESubmodules(experts=ModuleSpec(module=GroupedExperts), shared_experts=shared)
+    parts = MoESubmodules(experts=ModuleSpec(module=experts), shared_experts=shared)
     mixture = mixture_spec(parts, groups, dispatcher)
     attention = MLASelfAttentionSubmodules(
-        linear_q_proj=ColumnParallelLinear,
-        linear_q_down_proj=ColumnParallelLinear,
-        linear_q_up_proj=ColumnParallelLinear,
-        linear_kv_down_proj=ColumnParallelLinear,
-        linear_kv_up_proj=ColumnParallelLinear,
+        linear_q_proj=column,
+        linear_q_down_proj=column,
+        linear_q_up_proj=column,
+        linear_kv_down_proj=column,
+        linear_kv_up_proj=column,
         core_attention=CoreAttention,
-        linear_proj=RowParallelLinear,
+        linear_proj=row,
         q_layernorm=LatentRMSNorm,
         kv_layernorm=LatentRMSNorm,
     )
@@ -239,6 +252,10 @@ def _build_stage(model: ModelConfig, config, groups, dispatcher, stage: StagePla
     split_weight_gradients(built)
     if stage.head:
         built.output_layer.__class__ = Head
+    if config.fp8:
+        from r1mega.model.fp8.te_layers import sum_in_place
+
+        sum_in_place(built)
     if stage.head and model.tie_embeddings and stage.mtp and not stage.embedding:
         built.output_layer.weight = None  # the copy of the embedding serves head and MTP alike; Megatron makes one more
     built.vocab_padding = model.vocab_padding  # columns that r1mega.model.forward.logits drops

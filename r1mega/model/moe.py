@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,17 +58,29 @@ class MixtureOfExperts(MoELayer):
         probs_TE, routing_map_TE = self.route(hidden_states, padding_mask)
         probs_TE, routing_map_TE = self._to_slots(probs_TE, routing_map_TE)
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        output, shared = self.routed(hidden_TD, probs_TE, routing_map_TE, meanwhile=lambda: self.shared_experts_compute(of_shared))
+        output = output.view(hidden_states.shape)
+        return output if shared is None else output + shared, None
+
+    def routed(
+        self,
+        hidden_TD: torch.Tensor,
+        probs_TE: torch.Tensor,
+        routing_map_TE: torch.Tensor,
+        meanwhile: Callable[[], torch.Tensor | None] = lambda: None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The routed experts alone: ``[T, D]`` to each token's sum of answers, ``[T, D]``; the others' columns are slots.
+
+        ``meanwhile``: what the device can do while the host waits for a dispatcher's sizes; its result comes second.
+        """
         if self.experts.fp8 is not None and getattr(self.token_dispatcher, "is_local", False):
             output = self.experts.on_tokens(hidden_TD, probs_TE, routing_map_TE, self.config.moe_router_topk)
-            shared = self.shared_experts_compute(of_shared)
-            output = output.view(hidden_states.shape)
-            return output if shared is None else output + shared, None
+            return output, meanwhile()
         finish = begin_dispatch(self.token_dispatcher, hidden_TD, probs_TE, routing_map_TE)
-        shared = self.shared_experts_compute(of_shared)
+        other = meanwhile()
         sent = finish()
         rows_RD, _ = self.experts(sent.rows_RD, sent.tokens_per_expert, sent.probs_R)
-        output = self.token_dispatcher.combine(rows_RD, sent.route).view(hidden_states.shape)
-        return output if shared is None else output + shared, None
+        return self.token_dispatcher.combine(rows_RD, sent.route), other
 
     def _to_slots(self, probs_TE: torch.Tensor, routing_map_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The router's columns, by logical expert, in the order of the slots where the experts lie."""

@@ -20,6 +20,7 @@ from r1mega.config.train import OptimConfig
 from r1mega.device import DTYPES
 from r1mega.mesh import Mesh
 from r1mega.model.build import build_stages, transformer_config
+from r1mega.model.fp8 import te
 from r1mega.model.fp8.use import use_products
 from r1mega.model.fp8.weights import kept_weights
 from r1mega.model.recompute import recomputing
@@ -76,7 +77,7 @@ class Trainee:
             precision = PrecisionConfig(dtype=precision)
         self.model_config, self.mesh, self.dtype = model, mesh, DTYPES[precision.dtype]
         self.pipeline = pipeline or default_pipeline(mesh.axes["pipeline"].size)
-        self.config = transformer_config(model, mesh.parallel, self.dtype)
+        self.config = transformer_config(model, mesh.parallel, self.dtype, products=precision.products)
         placement, here = self.pipeline.placement, mesh.axes["pipeline"].rank
         built = build_stages(model, self.config, mesh.megatron_groups(), placement, mesh.parallel.stages, dispatcher)
         self.stages = [stage.to(mesh.device.torch_device) for stage in built]
@@ -232,6 +233,7 @@ class Trainee:
             value, items, stats = loss(output, batch)
             return value * share, (float(value.detach()), items, stats)
 
+        te.start_step(self.stages)
         with kept_weights(), megatron_mtp.scaled(share):  # no weight changes between the microbatches of a step
             kept = self.executor.run(microbatches, forward_one, loss_of, forward_only=forward_only)
         names = self._stat_names(kept)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import types
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from r1mega import device
+from r1mega.config.errors import UserError
+from r1mega.model import attention as module
 from tests.model.context_cases import LENGTH, MODELS, build, mesh_of
 
 
@@ -39,8 +47,6 @@ def test_query_key_and_value_are_megatrons(name: str) -> None:
 
 
 def test_tables_are_shared_by_layers_and_few() -> None:
-    from r1mega.model import attention as module
-
     attention = latent_attention(next(iter(MODELS)))
     module._tables.clear()
     hidden = torch.zeros(LENGTH, 1, attention.config.hidden_size)
@@ -60,3 +66,82 @@ def test_packed_format_and_megatrons_inference_are_refused() -> None:
         attention.get_query_key_value_tensors(hidden, packed_seq_params=object())
     with pytest.raises(NotImplementedError, match="Megatron's inference is not there"):
         attention.get_query_key_value_tensors(hidden, inference_context=object())
+
+
+def heads(where: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """Queries and keys wider than values, ``[S, B, H, width]``, and a mask that is not causal alone."""
+    draw = torch.Generator().manual_seed(5)
+    query, key, value = (torch.randn(64, 2, 4, width, generator=draw).to(where, dtype) for width in (192, 192, 128))
+    mask = torch.ones(64, 64, dtype=torch.bool).tril()
+    mask[32:, :32] = False
+    return query, key, value, mask.expand(2, 1, 64, 64).to(where)
+
+
+def attend(core, query, key, value, mask=None) -> list[torch.Tensor]:
+    """Output and gradients."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    out = core(*leaves, mask)
+    out.backward(torch.ones_like(out))
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """A package of its name, whose function takes one width and knows no mask; the calls it got."""
+    calls = []
+
+    def flash_attn_func(query, key, value, *, softmax_scale, causal, deterministic):
+        assert query.shape == key.shape == value.shape and causal
+        calls.append((query.shape, deterministic))
+        turned = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return F.scaled_dot_product_attention(*turned, is_causal=True, scale=softmax_scale).transpose(1, 2)
+
+    found = types.ModuleType("flash_attn")
+    found.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", found)
+    module.flash_attention.cache_clear()
+    yield calls
+    module.flash_attention.cache_clear()
+
+
+def test_the_package_gets_values_of_the_keys_width_and_no_masks(monkeypatch, package) -> None:
+    core = latent_attention(next(iter(MODELS))).core_attention
+    *given, mask = heads()
+    want, masked = attend(core, *given), attend(core, *given, mask)
+    monkeypatch.setattr(device, "_attention", "flash_attn")
+    for one, true in zip(attend(core, *given), want, strict=True):
+        torch.testing.assert_close(one, true)
+    assert package == [((2, 64, 4, 192), torch.are_deterministic_algorithms_enabled())]
+    for one, true in zip(attend(core, *given, mask), masked, strict=True):
+        torch.testing.assert_close(one, true)
+    assert len(package) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is there")
+def test_a_package_that_is_missing_is_told_before_the_first_step(monkeypatch) -> None:
+    config = latent_attention(next(iter(MODELS))).config
+    monkeypatch.setattr(device, "_attention", "flash_attn")
+    module.flash_attention.cache_clear()
+    with pytest.raises(UserError) as told:
+        module.CoreAttention(config, 1, None, "self", softmax_scale=1.0)
+    assert str(told.value) == (
+        "device.attention: flash_attn is the package flash-attn; got ModuleNotFoundError: No module named 'flash_attn'; "
+        "pip install --no-build-isolation 'r1mega[flash]', or use device.attention=auto"
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("choice", ["cudnn", "flash", "math", "flash_attn"])
+def test_every_kernel_gives_the_same(monkeypatch, choice, masked) -> None:
+    if choice == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("no package flash-attn")
+    core = latent_attention(next(iter(MODELS))).core_attention
+    *given, mask = heads("cuda", torch.bfloat16)
+    extra = [mask] if masked else []
+    monkeypatch.setattr(device, "_attention", "math")
+    true = attend(core, *(tensor.float() for tensor in given), *extra)
+    monkeypatch.setattr(device, "_attention", choice)
+    found = attend(core, *given, *extra)
+    for one, right in zip(found, true, strict=True):
+        assert one.dtype == torch.bfloat16 and float((one.float() - right).norm() / right.norm()) < 0.02

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from r1mega import api, cli
+from r1mega.config.bench import BenchConfig
 from r1mega.config.errors import Failed, UserError
-from r1mega.config.run import DeviceConfig
+from r1mega.config.run import DeviceConfig, PrecisionConfig
 from r1mega.device import open_device
 from r1mega.testing import bench as cases
 from r1mega.testing.bench import Bench
-from r1mega.testing.measure import ceilings, clock, results, run
+from r1mega.testing.measure import ceilings, clock, model, results, run
+from r1mega.testing.measure.model import even_choice
 from r1mega.testing.measure.results import Row
 from r1mega.testing.measure.roofline import roofline
 
@@ -180,6 +183,59 @@ def test_a_moe_layer_and_a_step_of_a_tiny_model(quick, tmp_path, capsys) -> None
         "a fresh model of 512 tokens is near log 512"
     )
     assert (Path(tmp_path) / "step" / "bench.json").is_file()
+
+
+def test_routed_experts_alone_have_even_rows_and_no_router(quick, tmp_path, capsys) -> None:
+    whole = api.bench("bench=moe", "tokens=64", *TINY, f"out={tmp_path}/whole")
+    capsys.readouterr()
+    routed = api.bench("bench=moe", "tokens=64", "routed_only=true", *TINY, f"out={tmp_path}/routed")
+    line = json.loads(capsys.readouterr().out)
+    assert line["routed_only"] is True and line["forward_backward_ms"] > 0 and "peer" not in line
+    assert list(routed["figures"]) == ["moe: tiny, 16 experts, 64 tokens from permute to unpermute, fp32"]
+    assert routed["held_gib"] <= whole["held_gib"]
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1024, 32, 8), (64, 16, 4), (40, 16, 16), (5, 8, 1)])
+def test_the_even_choice_is_even_and_random(tokens: int, experts: int, top_k: int) -> None:
+    chosen = even_choice(tokens, experts, top_k, seed=1)
+    assert chosen.shape == (tokens, experts) and (chosen.sum(1) == top_k).all()
+    rows = chosen.sum(0)
+    assert rows.max() - rows.min() <= (0 if tokens % experts == 0 else experts)
+    if tokens % experts == 0:
+        assert (rows == tokens * top_k // experts).all()
+    assert torch.equal(chosen, even_choice(tokens, experts, top_k, seed=1))
+    if top_k < experts:
+        assert not torch.equal(chosen, even_choice(tokens, experts, top_k, seed=2))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is there")
+def test_a_peer_that_is_missing_is_told_beside_our_numbers(quick, tmp_path, capsys) -> None:
+    wide = ("model.moe_ffn_size=128", "precision=fp8", "tokens=64", "peer=true")
+    found = api.bench("bench=moe", *TINY, *wide, f"out={tmp_path}/moe")
+    line = json.loads(capsys.readouterr().out)
+    assert line["precision"] == "fp8" and line["forward_backward_ms"] > 0
+    assert line["peer"].startswith("precision.products: te takes products from Transformer Engine; got ModuleNotFoundError")
+    assert list(found["figures"]) == ["moe: tiny, 16 experts, 64 tokens, fp8"]
+
+
+@pytest.mark.parametrize("bench", ["moe", "step"])
+def test_the_peers_medians_stand_over_ours(monkeypatch, device, bench: str) -> None:
+    from r1mega.model.fp8 import te
+
+    asked = []
+
+    def measured(config, on, rounds):
+        asked.append((config.precision.products, on, rounds))
+        return {"forward_backward_ms": 3.0, "step_ms": 5.0, "loss": 7.0}, 1.0
+
+    monkeypatch.setattr(te, "require", lambda: None)
+    monkeypatch.setattr(model, "moe_layer" if bench == "moe" else "training_step", measured)
+    ours = {"forward_backward_ms": 2.0, "step_ms": 4.0, "loss": 6.0}
+    config = BenchConfig(bench=bench, precision=PrecisionConfig(dtype="bf16", products="fp8", power_of_two_scales=True))
+    found = model.with_peer(config, device, 3, ours)
+    assert asked == [("te", device, 3)]
+    assert (found["peer_over_ours_forward_backward"], found["peer_over_ours_step"], found["loss"]) == (1.5, 1.25, 6.0)
+    assert found["peer"]["loss"] == 7.0
 
 
 def test_the_preset_is_the_peers_model() -> None:

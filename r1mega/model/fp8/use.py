@@ -8,7 +8,7 @@ import torch
 
 from r1mega.config.errors import UserError
 from r1mega.config.model import ModelConfig
-from r1mega.config.precision_rules import dtype_violations, width_violations
+from r1mega.config.precision_rules import dtype_violations, expert_violations_of_te, width_violations
 from r1mega.config.run import ParallelConfig, PrecisionConfig
 from r1mega.model.experts import GroupedExperts
 from r1mega.model.fp8.linear import fits
@@ -25,13 +25,17 @@ def use_products(
 ) -> None:
     """Set the recipe of every layer that ``precision`` means; a linear layer that is not made of whole blocks keeps its format.
 
-    Raises UserError for another dtype than bf16, for experts that are not whole blocks, and on a GPU without DeepGEMM.
+    With ``te`` the layers that are built are Transformer Engine's already, and there is nothing to set. Raises UserError for
+    another dtype than bf16, for widths or a layout that the products do not have, and with ``fp8`` on a GPU without DeepGEMM.
     """
     if precision.products == "plain":
         return
     faults = [*dtype_violations(precision), *width_violations(precision, model, parallel)]
+    faults += expert_violations_of_te(parallel) if precision.products == "te" else []
     if faults:
         raise UserError("\n".join(map(str, faults)))
+    if precision.products == "te":
+        return
     if any(parameter.is_cuda for stage in stages for parameter in stage.parameters()):
         deep_gemm()  # on every rank, those without experts too: weight gradients of linear layers are its work as well
     recipe = Recipe(precision.power_of_two_scales)

@@ -1,7 +1,8 @@
 """A MoE layer and a training step of the whole model, timed through the code that trains.
 
 In: BenchConfig and a device. Out: a dict for one JSON line. Operations are counted
-as in :mod:`r1mega.model.flops`: causal attention once, backward as twice forward.
+as in :mod:`r1mega.model.flops`: causal attention once, backward as twice forward. Gradients are summed in fp32, as in a training.
+With ``peer`` the same follows with Transformer Engine's products, in the same process.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from r1mega import registry
 from r1mega.config.bench import BenchConfig
+from r1mega.config.errors import UserError
 from r1mega.config.run import LaunchConfig, ParallelConfig
 from r1mega.config.train import OptimConfig
 from r1mega.device import DTYPES, Device
@@ -43,35 +45,45 @@ def _alone(config: BenchConfig, device: Device) -> Iterator[Mesh]:
 
 
 def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[str, Any], float]:
-    """Forward and backward of one MoE layer, shared experts included, all experts here; and its operations."""
+    """Forward and backward of one MoE layer, all experts here; and its operations.
+
+    With its router and shared experts, or with ``routed_only`` from permute to unpermute alone, the choice of experts and its
+    probabilities given. Weights are quantised once a pass, and gradients are added to what the buffers hold.
+    """
     from r1mega.model.build import build_stages, transformer_config
+    from r1mega.model.fp8 import te
     from r1mega.model.fp8.use import use_products
     from r1mega.model.fp8.weights import kept_weights
     from r1mega.model.recompute import recomputing
 
-    model = replace(config.model, num_layers=1, first_k_dense=0, num_mtp_layers=0, vocab_size=256, vocab_padding=0)
+    alone = {"num_shared_experts": 0} if config.routed_only else {}
+    model = replace(config.model, num_layers=1, first_k_dense=0, num_mtp_layers=0, vocab_size=256, vocab_padding=0, **alone)
     dtype = DTYPES[config.precision.dtype]
     with _alone(config, device) as mesh:
-        built = transformer_config(model, ParallelConfig(), dtype)
+        built = transformer_config(model, ParallelConfig(), dtype, products=config.precision.products)
+        built.disable_parameter_transpose_cache = True  # Transformer Engine then does in every pass what ours does
         dispatcher = registry.lookup("dispatcher", "local")()
         (stage,) = build_stages(model, built, mesh.megatron_groups(), dispatcher=dispatcher)
         layer = stage.to(device.torch_device).train().decoder.layers[0].mlp
         use_products([layer], config.precision, model, ParallelConfig())
-        for weight in layer.parameters():  # gradients are summed in fp32, as in a training
+        for weight in layer.parameters():
             weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
         del stage
         draw = torch.Generator(device.torch_device).manual_seed(config.seed)
-        shape = (config.tokens, 1, model.hidden_size)
+        shape = (config.tokens, model.hidden_size) if config.routed_only else (config.tokens, 1, model.hidden_size)
         hidden, grad = (torch.randn(shape, generator=draw, device=device.torch_device, dtype=dtype) for _ in range(2))
-        hidden.requires_grad_()
+        leaves = [hidden.requires_grad_()]
+        if config.routed_only:
+            map_TE = even_choice(config.tokens, model.num_experts, model.top_k, config.seed).to(device.torch_device)
+            leaves.append(torch.rand(map_TE.shape, generator=draw, device=device.torch_device).requires_grad_())
         held, peaks, times = device.allocated_bytes(), {"forward": 0, "backward": 0}, []
         for number in range(config.warmup + rounds):
             device.synchronize()
             device.reset_peak_bytes()
             begin = device.mark()
-            with kept_weights():
+            with kept_weights(), te.entered(built):
                 with recomputing(config.recompute):
-                    output, _ = layer(hidden)
+                    output = layer.routed(*leaves, map_TE)[0] if config.routed_only else layer(hidden)[0]
                 middle = device.mark()
                 peaks["forward"] = max(peaks["forward"], device.peak_bytes())
                 device.reset_peak_bytes()
@@ -81,19 +93,21 @@ def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[st
             if number >= config.warmup:
                 times.append((device.milliseconds(begin, middle), device.milliseconds(middle, end)))
             del output
-            hidden.grad = None
+            for leaf in leaves:
+                leaf.grad = None
             layer.zero_grad(set_to_none=True)
     forward, backward, both = (
         statistics.median(took) for took in ([a for a, _ in times], [b for _, b in times], [a + b for a, b in times])
     )
     expert = 3 * model.hidden_size * model.moe_ffn_size * (model.top_k + model.num_shared_experts)
-    flops = 3 * 2 * config.tokens * (expert + model.hidden_size * model.num_experts)
+    flops = 3 * 2 * config.tokens * (expert + (0 if config.routed_only else model.hidden_size * model.num_experts))
     numbers = {
         "experts": model.num_experts,
         "tokens": config.tokens,
         "hidden": model.hidden_size,
         "ffn": model.moe_ffn_size,
         "top_k": model.top_k,
+        "routed_only": config.routed_only,
         "precision": _formats(config),
         "forward_ms": round(forward, 3),
         "backward_ms": round(backward, 3),
@@ -107,8 +121,43 @@ def moe_layer(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[st
     return numbers, flops
 
 
+def even_choice(num_tokens: int, num_experts: int, top_k: int, seed: int) -> torch.Tensor:
+    """A random map ``[T, E]``, bool, on the CPU: ``top_k`` experts a token, and every expert as often as another, give or take one
+    block of ``num_experts`` tokens that is not whole.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    blocks = []
+    for _ in range(-(-num_tokens // num_experts)):
+        # each row of the square takes the same shifts from its own place, so each column is taken as often; then both are mixed
+        shifts = torch.randperm(num_experts, generator=draw)[:top_k]
+        chosen = (torch.arange(num_experts)[:, None] + shifts) % num_experts
+        square = torch.zeros(num_experts, num_experts, dtype=torch.bool).scatter_(1, chosen, True)
+        blocks.append(square[:, torch.randperm(num_experts, generator=draw)][torch.randperm(num_experts, generator=draw)])
+    return torch.cat(blocks)[:num_tokens]
+
+
+def with_peer(config: BenchConfig, device: Device, rounds: int, numbers: dict[str, Any]) -> dict[str, Any]:
+    """``numbers`` of ours and, behind them, the peer's: the same measured with ``precision=fp8_te``, and its medians over ours.
+
+    Above 1 ours takes less time. Where Transformer Engine is missing, the one line that says so is in the peer's place.
+    """
+    from r1mega.model.fp8 import te
+
+    try:
+        te.require()
+    except UserError as missing:
+        return numbers | {"peer": str(missing)}
+    device.release_unused()
+    theirs = replace(config, precision=replace(config.precision, products="te", power_of_two_scales=False))
+    found, _ = (moe_layer if config.bench == "moe" else training_step)(theirs, device, rounds)
+    told = [name for name in numbers if name.endswith("_ms")]
+    ratios = {f"peer_over_ours_{name.removesuffix('_ms')}": _short(found[name] / numbers[name]) for name in told}
+    return numbers | ratios | {"peer": found}
+
+
 def _formats(config: BenchConfig) -> str:
-    return config.precision.dtype if config.precision.products == "plain" else config.precision.products
+    """The name that ``precision=`` takes."""
+    return {"plain": config.precision.dtype, "fp8": "fp8", "te": "fp8_te"}[config.precision.products]
 
 
 def training_step(config: BenchConfig, device: Device, rounds: int) -> tuple[dict[str, Any], float]:

@@ -71,12 +71,12 @@ def _chosen(pattern: str | None) -> list[Bench]:
 
 
 def _of_model(config: BenchConfig, device: Device, limits: dict[str, float]) -> tuple[dict[str, Any], list[Row]]:
-    from r1mega.testing.measure.model import moe_layer, training_step
+    from r1mega.testing.measure.model import moe_layer, training_step, with_peer
 
     model, rounds = config.model, config.rounds or 10
     if config.bench == "moe":
         numbers, flops = moe_layer(config, device, rounds)
-        size = f"{config.tokens} tokens"
+        size = f"{config.tokens} tokens{' from permute to unpermute' if config.routed_only else ''}"
     else:
         numbers, flops = training_step(config, device, rounds)
         size = f"{model.num_layers} layers, {config.microbatches} x {config.micro_batch_size} x {config.sequence_length} tokens"
@@ -84,7 +84,8 @@ def _of_model(config: BenchConfig, device: Device, limits: dict[str, float]) -> 
     case += f", without {', '.join(config.recompute)}" if config.recompute else ""
     took = numbers["forward_backward_ms"]
     row = Row(config.bench, case, 1e3 * took, 0, round(flops), "bf16", limits.get("bf16"))
-    return numbers | {"share_of_bf16_product": None if row.share is None else float(f"{row.share:.4g}")}, [row]
+    numbers["share_of_bf16_product"] = None if row.share is None else float(f"{row.share:.4g}")
+    return with_peer(config, device, rounds, numbers) if config.peer else numbers, [row]
 
 
 def _told(found: dict[str, Any], limits: dict[str, float]) -> str:
