@@ -279,8 +279,9 @@ def test_every_yaml_file_composes() -> None:
         elif group == "parallel":  # their rules want ranks: tests/config/test_parallel_rules.py
             assert composition("pretrain", [*PRETRAIN, f"parallel={name}"]).choices["parallel"] == name
         else:
-            whole_blocks = ["model.moe_ffn_size=128"] if group == "precision" else []
-            compose("pretrain", [*PRETRAIN, f"{group}={name}", "trainer.steps=3000", *whole_blocks])
+            wanted = ["model.moe_ffn_size=128"] if group == "precision" else []
+            wanted += ["device=cuda"] if name == "fp8_te" else []
+            compose("pretrain", [*PRETRAIN, f"{group}={name}", "trainer.steps=3000", *wanted])
 
 
 def test_every_default_keeps_its_own_rule() -> None:
