@@ -1,8 +1,9 @@
 """The parity kit: a layout or a strategy of your own against one process, from one seed checkpoint, on the same tokens.
 
 :func:`check` starts ranks, makes the same steps under every :class:`Case` and raises :class:`ParityError`, which names what differs
-first: losses, gradient norm, router choices, the gradient of each tensor after one step, each tensor after the last. fp32, Adam's
-epsilon 1e-6 (a smaller one turns rounding of tiny gradients into whole steps), no clipping (which would spread one wrong gradient).
+first: losses, gradient norm, router choices, the gradient of each tensor after one step, each tensor after the last. fp32 unless a
+case says otherwise, Adam's epsilon 1e-6 (a smaller one turns rounding of tiny gradients into whole steps), no clipping (which would
+spread one wrong gradient).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from typing import Any
 import torch
 
 from r1mega.config.model import ModelConfig, YarnConfig
-from r1mega.config.run import DeviceConfig, LaunchConfig, ParallelConfig
+from r1mega.config.run import DeviceConfig, LaunchConfig, ParallelConfig, PrecisionConfig
 from r1mega.config.train import OptimConfig
 from r1mega.testing.ranks import run_ranks
-from r1mega.testing.routing import RouterLog, disagreements
+from r1mega.testing.routing import TIE, RouterLog, disagreements
 
 TOLERANCE = 1e-5
 MODEL = ModelConfig(
@@ -62,7 +63,8 @@ class Case:
 
     ``rows``: of the global batch; ``micro_batch_size``: of one microbatch of one rank; ``packed``: rows of several samples that
     do not see each other, with tokens that are not learnt; ``seed``: of the tokens, for another try where a run differs only
-    behind a tie of a router; ``model``: fields of :data:`MODEL` that differ.
+    behind a tie of a router; ``model``: fields of :data:`MODEL` that differ; ``precision``: number formats of the layout and of its
+    reference; ``tolerance``: of all differences, relative; routers may also disagree where experts score that near to each other.
     """
 
     name: str
@@ -76,6 +78,8 @@ class Case:
     steps: int = 5
     seed: int = 1000
     model: dict[str, Any] = field(default_factory=dict)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    tolerance: float = TOLERANCE
 
     @property
     def config(self) -> ModelConfig:
@@ -83,10 +87,16 @@ class Case:
         return replace(MODEL, **self.model)
 
     @property
+    def reference_rows(self) -> int:
+        """Of one microbatch of the reference: all; in FP8, where a microbatch's tokens share scales, as many as in the layout."""
+        return self.micro_batch_size if self.precision.products == "fp8" else self.rows
+
+    @property
     def problem(self) -> str:
         """Which reference the case has: the same text, the same tokens and model."""
         sizes = f"{self.rows}x{self.length}x{self.steps}s{self.seed}{'p' if self.packed else ''}"
-        return sizes + json.dumps(self.model, sort_keys=True)
+        formats = "" if self.precision == PrecisionConfig() else f"{self.precision}{self.reference_rows}"
+        return sizes + json.dumps(self.model, sort_keys=True) + formats
 
 
 class ParityError(AssertionError):
@@ -120,12 +130,12 @@ def run(cases: Sequence[Case], world_size: int, folder: Path, *, device: str = "
     run_ranks(run_cases, world_size, list(cases), folder, device, timeout_seconds=timeout_seconds)
 
 
-def differences(case: Case, folder: Path, tolerance: float = TOLERANCE) -> list[str]:
+def differences(case: Case, folder: Path) -> list[str]:
     """What a case's run has otherwise than its reference, in the order of the computation; empty where they agree.
 
     Gradients come in the order of the backward pass: the first that is wrong lies where the fault does, or next to it.
     """
-    ours, theirs = _folder(folder, case), _folder(folder, case, reference=True)
+    ours, theirs, tolerance = _folder(folder, case), _folder(folder, case, reference=True), case.tolerance
     mine, wanted = (json.loads((path / "record.json").read_text()) for path in (ours, theirs))
     found = [
         f"{name} of step {step + 1} is {got:.8g}, not {want:.8g}"
@@ -133,7 +143,7 @@ def differences(case: Case, folder: Path, tolerance: float = TOLERANCE) -> list[
         for name, got, want in _numbers(mine, wanted, step)
         if abs(got - want) > tolerance * max(1.0, abs(want))
     ]
-    found += disagreements(mine["routes"], wanted["routes"])
+    found += disagreements(mine["routes"], wanted["routes"], max(TIE, tolerance))
     found += _tensors(ours / "first", theirs / "first", tolerance, moments=True)
     found += [
         f"{name} of step {step + 1} is {got:.8g}, not {want:.8g}"
@@ -193,7 +203,7 @@ def _folder(folder: Path, case: Case, *, reference: bool = False) -> Path:
 def make_references(cases: Sequence[Case], folder: Path, device: str) -> None:
     """One process's runs, in one microbatch, from fresh weights, which are kept as the seed checkpoint."""
     for case in cases:
-        alone = replace(case, parallel={}, pipeline=None, dispatcher=None, micro_batch_size=case.rows)
+        alone = replace(case, parallel={}, pipeline=None, dispatcher=None, micro_batch_size=case.reference_rows)
         _run(alone, _folder(folder, case, reference=True), None, device)
 
 
@@ -215,7 +225,7 @@ def build(case: Case, device: str) -> Any:
     place = open_device(DeviceConfig(kind=device, threads=1))
     launch = LaunchConfig(timeout_seconds=300, stall_timeout_seconds=120)
     mesh = open_mesh(place, parallel, launch, 1, len(pipeline.placement[0]))
-    return Trainee(case.config, OPTIM, mesh, "fp32", pipeline, case.dispatcher)
+    return Trainee(case.config, OPTIM, mesh, case.precision, pipeline, case.dispatcher)
 
 
 def _run(case: Case, out: Path, seed: Path | None, device: str) -> None:

@@ -85,13 +85,13 @@ def margin(router: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return torch.minimum(gap, ranked[:, top_k - 1] - ranked[:, top_k]) if top_k < scores.shape[1] else gap
 
 
-def disagreements(ours: list, theirs: list) -> list[str]:
-    """Tokens that took other experts, by layer, row and position; ties of the reference do not count."""
+def disagreements(ours: list, theirs: list, tie: float = TIE) -> list[str]:
+    """Tokens that took other experts, by layer, row and position; ties of the reference, closer than ``tie``, do not count."""
     mine = {tuple(entry[:3]): list(entry[3]) for entry in ours}
     found = []
     for layer, row, position, experts, gap in theirs:
         got = mine.get((layer, row, position))
-        if got != list(experts) and (got is None or gap > TIE):
+        if got != list(experts) and (got is None or gap > tie):
             found.append(f"router of layer {layer} sends token {position} of row {row} to {got}, not {list(experts)}")
     if len(mine) != len(theirs):
         found.append(f"routers saw {len(mine)} tokens, not {len(theirs)}")
