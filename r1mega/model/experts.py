@@ -180,9 +180,9 @@ class _Linears(torch.autograd.Function):
         def compute() -> torch.Tensor:
             return torch.stack([grad.t().mm(part) for grad, part in zip(grads, rows, strict=True)])
 
-        def add(out: torch.Tensor) -> None:
+        def add(out: torch.Tensor, overwrite: bool) -> None:
             for own, grad, part in zip(out.unbind(0), grads, rows, strict=True):
-                accumulate_product_(own, grad, part)
+                accumulate_product_(own, grad, part, overwrite=overwrite)
 
         return weight_gradient(weight, compute, add) if ctx.needs_input_grad[0] else None, *grad_rows
 
@@ -204,8 +204,8 @@ class _GroupedLinears(torch.autograd.Function):
         def compute() -> torch.Tensor:
             return F.grouped_mm(grad.t(), rows, offs=offsets)
 
-        def add(out: torch.Tensor) -> None:
-            accumulate_grouped_(out, grad, rows, offsets)
+        def add(out: torch.Tensor, overwrite: bool) -> None:
+            accumulate_grouped_(out, grad, rows, offsets, overwrite=overwrite)
 
         return weight_gradient(weight, compute, add) if ctx.needs_input_grad[0] else None, grad_rows, None
 
@@ -227,8 +227,8 @@ class _ActivatedLinears(torch.autograd.Function):
         def compute() -> torch.Tensor:
             return F.grouped_mm(grad.t(), swiglu(hidden, probs), offs=offsets)
 
-        def add(out: torch.Tensor) -> None:
-            accumulate_grouped_(out, grad, swiglu(hidden, probs), offsets)
+        def add(out: torch.Tensor, overwrite: bool) -> None:
+            accumulate_grouped_(out, grad, swiglu(hidden, probs), offsets, overwrite=overwrite)
 
         grad_weight = weight_gradient(weight, compute, add) if ctx.needs_input_grad[0] else None
         return grad_weight, grad_hidden, grad_probs, None

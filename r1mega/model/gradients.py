@@ -1,13 +1,14 @@
 """Where a weight's gradient goes: to autograd, into Megatron's fp32 buffer, or to whoever adds it later (zero-bubble schedules).
 
 Inside :meth:`WeightGradients.collect` a backward pass leaves out the weights (arXiv 2401.10241, section 2);
-:meth:`WeightGradients.run` makes up for them.
+:meth:`WeightGradients.run` makes up for them. A weight that :func:`forget` was told of has last step's numbers in its buffer: its
+first gradient of a step overwrites them, so that nobody zeroes the buffer and nobody reads it for that one.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import torch
 
@@ -55,33 +56,56 @@ def deferred() -> WeightGradients | None:
     return _collecting
 
 
+Add = Callable[[torch.Tensor, bool], None]
+"""``add(out, overwrite)``: adds a weight's gradient to a float32 tensor in place, or sets the tensor to it and does not read it."""
+
+
+def forget(weights: Iterable[torch.nn.Parameter]) -> None:
+    """A step begins: what the weights' ``main_grad`` hold counts no longer. All their gradients go through this module."""
+    for weight in weights:
+        weight.main_grad_is_old = True
+
+
+def clear_forgotten(weights: Iterable[torch.nn.Parameter]) -> None:
+    """A step's passes are over: the gradient of a weight that none of them used is 0."""
+    for weight in weights:
+        if _is_old(weight):
+            weight.main_grad.zero_()
+
+
+def _is_old(weight: torch.nn.Parameter) -> bool:
+    """True where the numbers in ``main_grad`` do not count; they are to be overwritten now."""
+    was, weight.main_grad_is_old = getattr(weight, "main_grad_is_old", False), False
+    return was
+
+
 def accumulate(weight: torch.nn.Parameter, grad: torch.Tensor) -> None:
     """Add ``grad`` to the weight's ``main_grad`` (Megatron's fp32 buffer) or, without one, to its ``grad``."""
     if hasattr(weight, "main_grad"):
-        weight.main_grad.add_(grad)
+        if _is_old(weight):
+            weight.main_grad.copy_(grad)
+        else:
+            weight.main_grad.add_(grad)
     elif weight.grad is None:
         weight.grad = grad
     else:
         weight.grad.add_(grad)
 
 
-def weight_gradient(
-    weight: torch.nn.Parameter, compute: Callable[[], torch.Tensor], add: Callable[[torch.Tensor], None]
-) -> torch.Tensor | None:
+def weight_gradient(weight: torch.nn.Parameter, compute: Callable[[], torch.Tensor], add: Add) -> torch.Tensor | None:
     """What a backward pass returns for ``weight``: ``compute()``, or None where the gradient is added to its place, now or later.
 
-    ``add(out)`` adds the same to a float32 tensor in place; it serves weights with Megatron's ``main_grad``, which so never have a
-    gradient as a tensor of its own. None and not Megatron's mark ``grad_added_to_main_grad``: under the mark its hook drops all of
-    ``weight.grad``, and with it what another user of a shared weight (a tied embedding) has returned; without it the hook adds
-    that, and nothing for us. The hook has to find a tensor only where DDP overlaps its sums with the backward pass, which ours
-    does not.
+    ``add`` serves weights with Megatron's ``main_grad``, which so never have a gradient as a tensor of its own. None and not
+    Megatron's mark ``grad_added_to_main_grad``: under the mark its hook drops all of ``weight.grad``, and with it what another user
+    of a shared weight (a tied embedding) has returned; without it the hook adds that, and nothing for us. The hook has to find a
+    tensor only where DDP overlaps its sums with the backward pass, which ours does not.
     """
     main_grad = getattr(weight, "main_grad", None)
     in_place = main_grad is not None and main_grad.dtype == torch.float32 and weight.dtype in FP32_BF16
 
     def put() -> None:
         if in_place:
-            add(main_grad)
+            add(main_grad, _is_old(weight))
         else:
             accumulate(weight, compute())
 
@@ -90,6 +114,6 @@ def weight_gradient(
         later.add(put)
         return None
     if in_place:
-        add(main_grad)
+        put()
         return None
     return compute()

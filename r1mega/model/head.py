@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 
-from r1mega.model.fp8.weights import added_to_zero
+from r1mega.model.fp8.weights import as_tensor
 from r1mega.model.gradients import deferred, weight_gradient
 from r1mega.model.linear import ColumnLinear, gathered
 from r1mega.ops.accumulate import accumulate_product_
@@ -137,20 +137,20 @@ class _FusedLosses(torch.autograd.Function):
         def to_hidden(piece: slice, grads: torch.Tensor) -> None:
             accumulate_product_(grad_rows, grads.t(), weight[piece])
 
-        def to_weight(total: torch.Tensor) -> Callable[[slice, torch.Tensor], None]:
-            return lambda piece, grads: accumulate_product_(total[piece], grads, rows)
+        def to_weight(total: torch.Tensor, overwrite: bool) -> Callable[[slice, torch.Tensor], None]:
+            return lambda piece, grads: accumulate_product_(total[piece], grads, rows, overwrite=overwrite)
 
-        def add(total: torch.Tensor) -> None:
-            walk(to_weight(total))
+        def add(total: torch.Tensor, overwrite: bool) -> None:
+            walk(to_weight(total, overwrite))
 
-        def add_both(total: torch.Tensor) -> None:
-            walk(to_hidden, to_weight(total))
+        def add_both(total: torch.Tensor, overwrite: bool) -> None:
+            walk(to_hidden, to_weight(total, overwrite))
 
         if not ctx.needs_input_grad[1] or deferred() is not None:
             walk(to_hidden)
         else:
             add = add_both  # is called once, at once
-        grad_weight = weight_gradient(parameter, added_to_zero(weight, add), add) if ctx.needs_input_grad[1] else None
+        grad_weight = weight_gradient(parameter, as_tensor(weight, add), add) if ctx.needs_input_grad[1] else None
         grad_hidden = grad_rows.to(hidden_SBD.dtype)
         if ctx.gathers:
             part = torch.empty_like(hidden_SBD)

@@ -47,8 +47,8 @@ class _SplitLinear(torch.autograd.Function):
             left, right = rows()
             return left.t().matmul(right)
 
-        def add(out: torch.Tensor) -> None:
-            accumulate_product_(out, *rows())
+        def add(out: torch.Tensor, overwrite: bool) -> None:
+            accumulate_product_(out, *rows(), overwrite=overwrite)
 
         grad_weight = weight_gradient(parameter, compute, add) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None, None, None

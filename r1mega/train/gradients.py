@@ -1,4 +1,4 @@
-"""What gradients need after the backward passes: sums over the axes, the embedding's two copies, expert biases.
+"""What gradients need around the backward passes: empty buffers, sums over the axes, the embedding's two copies, expert biases.
 
 In: this rank's stages in Megatron's DDP, whose buffers hold sums over microbatches. Out: the same buffers, ready for the optimizer.
 """
@@ -9,8 +9,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 
 from r1mega.mesh import Mesh
+from r1mega.model.experts import GroupedExperts
+from r1mega.model.gradients import forget
+from r1mega.model.linear import ColumnLinear, RowLinear
 
 
 class EmbeddingCopy:
@@ -39,6 +43,37 @@ class EmbeddingCopy:
         """Give both the sum of their gradients, so that they stay equal."""
         if self._weight is not None:
             dist.all_reduce(self._weight.main_grad, group=self._group)
+
+
+def summed_here(stages: Sequence[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """The weights all of whose gradients go through :mod:`r1mega.model.gradients`: no embedding's, not those of other packages."""
+    shared = {id(module.weight) for stage in stages for module in stage.modules() if isinstance(module, VocabParallelEmbedding)}
+    found = {}
+    for module in (module for stage in stages for module in stage.modules()):
+        if type(module) is GroupedExperts:
+            own = [module.weight1, module.weight2]
+        elif isinstance(module, ColumnLinear | RowLinear) and module.weight is not None:
+            own = [module.weight]
+        else:
+            continue
+        found.update({id(weight): weight for weight in own if id(weight) not in shared and weight.requires_grad})
+    return list(found.values())
+
+
+def begin(model: torch.nn.Module, ours: Sequence[torch.nn.Parameter]) -> None:
+    """A step's gradients begin at 0. ``ours``: of :func:`summed_here`, whose first gradient overwrites what is there.
+
+    Megatron's ``zero_grad_buffer`` but for those; nobody ever writes to what lies between weights in a buffer, which is 0.
+    """
+    forget(ours)
+    overwritten = {id(weight) for weight in ours}
+    for weight in model.params_with_grad:
+        weight.grad_added_to_main_grad = False
+    rest = [weight.main_grad for weight in model.params_with_grad if id(weight) not in overwritten]
+    if rest:
+        torch._foreach_zero_(rest)
+    for group in (*model.bucket_groups, *model.expert_parallel_bucket_groups):
+        group.reset()
 
 
 def finalize(model: torch.nn.Module, mesh: Mesh, copy: EmbeddingCopy) -> None:

@@ -23,6 +23,7 @@ from r1mega.model.build import build_stages, transformer_config
 from r1mega.model.fp8 import te
 from r1mega.model.fp8.use import use_products
 from r1mega.model.fp8.weights import kept_weights
+from r1mega.model.gradients import clear_forgotten
 from r1mega.model.recompute import recomputing
 from r1mega.train import gradients
 from r1mega.train.adamw import AdamW, use_moments
@@ -99,6 +100,7 @@ class Trainee:
                 use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False, bucket_size=None
             )
             self.model = DistributedDataParallel(self.config, ddp, held)
+            self._summed_here = gradients.summed_here(self.stages)
             self._make_optimizer(optim)
         self._norm: float | None = None
         self._trouble = ""
@@ -190,7 +192,7 @@ class Trainee:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         self.model.train()
-        self.model.zero_grad_buffer()
+        gradients.begin(self.model, self._summed_here)
         self.optimizer.zero_grad()
         self._forget_side_losses()
         biases = [(bias, bias.clone()) for _, bias in self._expert_biases()]  # updated with the gradients, before the judgement
@@ -261,6 +263,7 @@ class Trainee:
 
     def _finalize(self) -> list[list[float]]:
         """Make the gradients ready and move the expert biases; the load of the model's decoder layers, all stages'."""
+        clear_forgotten(self._summed_here)
         gradients.finalize(self.model, self.mesh, self.embedding_copy)
         routers = self.routers()
         counts_LE = gradients.update_expert_biases(routers, self.mesh, self.config.moe_router_bias_update_rate)

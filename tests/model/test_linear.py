@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from r1mega.model.gradients import WeightGradients
+from r1mega.model.gradients import WeightGradients, clear_forgotten, forget
 from r1mega.model.linear import _SplitLinear
 
 TOKENS = torch.tensor([[0, 3, 3], [5, 1, 0]])
@@ -59,3 +61,27 @@ def test_a_buffer_of_another_type_gets_the_gradient_as_it_was() -> None:
     weight.main_grad = torch.zeros(1, 1, dtype=torch.bfloat16)
     _SplitLinear.apply(torch.ones(3, 1, dtype=torch.bfloat16), weight, False, False, None).sum().backward()
     assert weight.grad.item() == 3 and weight.main_grad.item() == 0  # Megatron's hook adds it
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_the_first_gradient_of_a_step_overwrites_what_was_forgotten(deferred) -> None:
+    """NaN in the buffer is never read; a weight that no pass used has a gradient of 0."""
+    start = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    weight, plain, unused = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    hidden = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    plain.main_grad = torch.zeros(6, 4)
+    for one in (weight, unused):
+        one.main_grad = torch.full((6, 4), float("nan"))
+    forget([weight, unused])
+    for one in (weight, plain):
+        store = WeightGradients()
+        for scale in (1.0, 0.5):
+            loss = scale * _SplitLinear.apply(hidden, one, False, False, None).square().sum()
+            with store.collect(scale) if deferred else contextlib.nullcontext():
+                loss.backward()
+        for scale in (1.0, 0.5) if deferred else ():
+            store.run(scale)
+    clear_forgotten([weight, unused])
+    assert torch.equal(weight.main_grad, plain.main_grad) and torch.equal(unused.main_grad, torch.zeros(6, 4))
+    clear_forgotten([weight])
+    assert weight.main_grad.abs().max() > 0, "what a pass has summed stays"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from r1mega.model.fp8.products import grouped_rows_by_blocks
-from r1mega.model.fp8.weights import Recipe, added_to_zero, quantized
+from r1mega.model.fp8.weights import Recipe, as_tensor, quantized
 from r1mega.model.gradients import weight_gradient
 from r1mega.ops.accumulate import accumulate_grouped_
 from r1mega.ops.permute import permute_rows, unpermute
@@ -50,14 +50,14 @@ class Fp8Experts(torch.autograd.Function):
         grad_rows = _grouped(Quantized(made.payload_R2F, made.scales), quantized(weight1, recipe)[1], row_map, grad_TD.dtype)
         ends = row_map.ends_E
 
-        def add1(total: torch.Tensor) -> None:
-            accumulate_grouped_(total, made.grad_hidden_R2F, permute_rows(tokens_TD, row_map), ends)
+        def add1(total: torch.Tensor, overwrite: bool) -> None:
+            accumulate_grouped_(total, made.grad_hidden_R2F, permute_rows(tokens_TD, row_map), ends, overwrite=overwrite)
 
-        def add2(total: torch.Tensor) -> None:
-            accumulate_grouped_(total, permute_rows(grad_TD, row_map), made.activation_RF, ends)
+        def add2(total: torch.Tensor, overwrite: bool) -> None:
+            accumulate_grouped_(total, permute_rows(grad_TD, row_map), made.activation_RF, ends, overwrite=overwrite)
 
         grads = [
-            weight_gradient(weight, added_to_zero(weight, add), add) if needed else None
+            weight_gradient(weight, as_tensor(weight, add), add) if needed else None
             for weight, add, needed in ((weight1, add1, ctx.needs_input_grad[2]), (weight2, add2, ctx.needs_input_grad[3]))
         ]
         return unpermute(grad_rows, row_map), made.grad_probs_R, *grads, None, None

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from r1mega.model.fp8.products import BLOCK, add_rows_by_rows_, rows_by_blocks
-from r1mega.model.fp8.weights import Recipe, added_to_zero, quantized
+from r1mega.model.fp8.weights import Recipe, as_tensor, quantized
 from r1mega.model.gradients import weight_gradient
 from r1mega.model.recompute import following
 from r1mega.ops.quantize import Quantized, quantize_both, quantize_rows, requantize_columns, row_scales
@@ -57,12 +57,12 @@ class Fp8Linear(torch.autograd.Function):
                 dist.all_reduce(grad_x, group=group)
             grad_x = grad_x[:count].view(ctx.shape)
 
-        def add(total_NK: torch.Tensor) -> None:
+        def add(total_NK: torch.Tensor, overwrite: bool) -> None:
             whole = _gathered(rows, group) if ctx.gathers else rows
             left = Quantized(both.payload_t, both.scales_t)
-            add_rows_by_rows_(total_NK, left, requantize_columns(*whole, recipe.power_of_two))
+            add_rows_by_rows_(total_NK, left, requantize_columns(*whole, recipe.power_of_two), overwrite)
 
-        grad_weight = weight_gradient(weight, added_to_zero(weight, add), add) if ctx.needs_input_grad[1] else None
+        grad_weight = weight_gradient(weight, as_tensor(weight, add), add) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None, None, None, None
 
 

@@ -56,8 +56,13 @@ def rows_by_blocks(rows: Quantized, weight: Quantized, dtype: torch.dtype) -> to
     )
 
 
-def add_rows_by_rows_(total: torch.Tensor, left: Quantized, right: Quantized) -> None:
-    """``total [N, K] += left [N, M] times right [K, M] transposed``, fp32: a weight's gradient, M the rows of the batch."""
+def add_rows_by_rows_(total: torch.Tensor, left: Quantized, right: Quantized, overwrite: bool = False) -> None:
+    """``total [N, K] += left [N, M] times right [K, M] transposed``, fp32: a weight's gradient, M the rows of the batch.
+
+    ``overwrite``: ``total`` is set to it.
+    """
+    if overwrite:
+        total.zero_()  # DeepGEMM's product of rows by rows is an addition
     if not left.payload.is_cuda:
         total += _of_rows(left) @ _of_rows(right).t()
         return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from r1mega.model.gradients import Add
 from r1mega.ops.quantize import Quantized, quantize_blocks
 
 
@@ -50,12 +51,12 @@ def quantized(weight: torch.Tensor, recipe: Recipe) -> Ways:
     return made
 
 
-def added_to_zero(weight: torch.Tensor, add: Callable[[torch.Tensor], None]) -> Callable[[], torch.Tensor]:
-    """What ``add`` adds to an fp32 tensor, as a tensor in the weight's dtype: for weights without ``main_grad``."""
+def as_tensor(weight: torch.Tensor, add: Add) -> Callable[[], torch.Tensor]:
+    """What ``add`` adds, as a tensor in the weight's dtype: for weights without ``main_grad``."""
 
     def compute() -> torch.Tensor:
-        total = torch.zeros_like(weight, dtype=torch.float32)
-        add(total)
+        total = torch.empty_like(weight, dtype=torch.float32)
+        add(total, True)
         return total.to(weight.dtype)
 
     return compute
