@@ -126,6 +126,6 @@ ACCUMULATE_GROUPED_QUANTIZED = Op(
     ),
     dtypes=(torch.float32,),
     exact=False,
-    tensor_core_error=2.0**-8,
+    tensor_core_error=2.0**-9,
 )
 OPS = (ACCUMULATE_GROUPED_QUANTIZED,)

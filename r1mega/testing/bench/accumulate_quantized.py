@@ -59,7 +59,7 @@ def _bench(num_experts: int, R: int, N: int, K: int, *, overwrite: bool = False)
         num_bytes=num_bytes,
         flops=2 * R * N * K,
         ceiling="fp8",
-        peers={"bf16": _in_bf16_in_place_of if overwrite else _in_bf16, "torch bf16": _plain},
+        peers={"bf16": _in_bf16_in_place_of if overwrite else _in_bf16, "torch": _plain},
     )
 
 
