@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from r1mega.config.model import ModelConfig
-from r1mega.config.run import RECOMPUTED, LaunchConfig, ParallelConfig, PrecisionConfig
+from r1mega.config.run import RECOMPUTED, DeviceConfig, LaunchConfig, ParallelConfig, PrecisionConfig
 from r1mega.device import open_device
 from r1mega.mesh import close_mesh, open_mesh
 from r1mega.model.fp8.weights import kept_weights
@@ -37,29 +37,30 @@ BLOCKS = replace(
 """Whole blocks for FP8; the projection down to keys, 192 wide, is none, as V3's."""
 
 
-def stage_of(model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig | None = None):
-    """The model as one stage on the open mesh, from one seed."""
+def stage_of(model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig | None = None, device: DeviceConfig = CPU):
+    """The model as one stage on the open mesh, or on a new one, from one seed."""
     from r1mega.device import DTYPES
     from r1mega.model.build import build_stages, transformer_config
     from r1mega.model.fp8.use import use_products
 
     parallel = parallel or ParallelConfig()
-    mesh = open_mesh(open_device(CPU), parallel, LaunchConfig(), 1)
+    mesh = open_mesh(open_device(device), parallel, LaunchConfig(), 1)
     torch.manual_seed(3)
     config = transformer_config(model, parallel, DTYPES[precision.dtype])
-    (stage,) = build_stages(model, config, mesh.megatron_groups())
+    stage = build_stages(model, config, mesh.megatron_groups())[0].to(mesh.device.torch_device)
     use_products([stage], precision, model, parallel)
     return stage.train()
 
 
-def batch_of(packed: bool):
+def batch_of(packed: bool, device: torch.device):
     from r1mega.model.forward import TokenTensors
 
     draw = torch.Generator().manual_seed(5)
     tokens = torch.randint(3, MODEL.vocab_size, (BATCH, LENGTH + 1), generator=draw)
     segments = torch.ones(BATCH, LENGTH, dtype=torch.int32)
     segments[:, 5:] = 2
-    return TokenTensors(tokens[:, :-1], tokens[:, 1:], torch.ones(BATCH, LENGTH), segments if packed else None)
+    parts = (tokens[:, :-1], tokens[:, 1:], torch.ones(BATCH, LENGTH), segments)
+    return TokenTensors(*(part.to(device) for part in (parts if packed else parts[:3])))
 
 
 def gradients_of(stage, kinds, *, packed: bool = False, later: bool = False) -> dict[str, torch.Tensor]:
@@ -77,7 +78,7 @@ def gradients_of(stage, kinds, *, packed: bool = False, later: bool = False) -> 
     waiting = WeightGradients()
     with kept_weights():
         with recomputing(kinds):
-            loss = token_losses(stage, batch_of(packed).cut(part)).sum()
+            loss = token_losses(stage, batch_of(packed, next(stage.parameters()).device).cut(part)).sum()
         if later:
             with waiting.collect(0):
                 loss.backward()
@@ -113,6 +114,20 @@ def test_gradients_have_the_same_bits(form: str) -> None:
     want = gradients_of(stage, (), **how)
     for kinds in (*((kind,) for kind in RECOMPUTED), RECOMPUTED):
         assert_same(gradients_of(stage, kinds, **how), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["bf16", "packed", "mtp", "fp8", "late fp8"])
+def test_gradients_have_the_same_bits_on_a_gpu(form: str) -> None:
+    close_mesh()
+    model, precision, how = FORMS[form]
+    try:
+        stage = stage_of(model, precision, device=DeviceConfig(kind="cuda", deterministic=True))
+        want = gradients_of(stage, (), **how)
+        assert_same(gradients_of(stage, (), **how), want)  # two runs agree, or bits would say nothing
+        assert_same(gradients_of(stage, RECOMPUTED, **how), want)
+    finally:
+        close_mesh()
 
 
 class _Storages(TorchDispatchMode):

@@ -81,7 +81,7 @@ def _of_model(config: BenchConfig, device: Device, limits: dict[str, float]) -> 
         numbers, flops = training_step(config, device, rounds)
         size = f"{model.num_layers} layers, {config.microbatches} x {config.micro_batch_size} x {config.sequence_length} tokens"
     case = f"{model.name}, {model.num_experts} experts, {size}, {numbers['precision']}"
-    case += f", without {', '.join(config.recompute)}" if config.recompute else ""
+    case += f", recompute {' '.join(config.recompute)}" if config.recompute else ""
     took = numbers["forward_backward_ms"]
     row = Row(config.bench, case, 1e3 * took, 0, round(flops), "bf16", limits.get("bf16"))
     numbers["share_of_bf16_product"] = None if row.share is None else float(f"{row.share:.4g}")
