@@ -44,6 +44,12 @@ TORCH_LIBRARY(r1mega, m) {
   m.def(
       "permute_quantize(Tensor tokens, Tensor row_tokens, Tensor token_rows, bool power_of_two) "
       "-> (Tensor payload, Tensor scales)");
+  m.def(
+      "permute_quantize_columns(Tensor tokens, Tensor row_tokens, Tensor token_rows, bool power_of_two) "
+      "-> (Tensor payload_t, Tensor scales_t)");
+  m.def(
+      "permute_quantize_both(Tensor tokens, Tensor row_tokens, Tensor token_rows, bool power_of_two) "
+      "-> (Tensor payload, Tensor scales, Tensor payload_t, Tensor scales_t)");
   m.def("quantize_rows(Tensor x, bool power_of_two) -> (Tensor payload, Tensor scales)");
   m.def("quantize_columns(Tensor x, bool power_of_two) -> (Tensor payload_t, Tensor scales_t)");
   m.def("quantize_both(Tensor x, bool power_of_two) -> (Tensor payload, Tensor scales, Tensor payload_t, Tensor scales_t)");
@@ -72,6 +78,10 @@ TORCH_LIBRARY(r1mega, m) {
   m.def(
       "swiglu_backward_quantize(Tensor grad, Tensor hidden, Tensor? hidden_scales, Tensor? probs, bool power_of_two) "
       "-> (Tensor grad_hidden, Tensor payload, Tensor scales, Tensor grad_probs, Tensor activation)");
+  m.def(
+      "swiglu_backward_quantize_columns(Tensor grad, Tensor hidden, Tensor? hidden_scales, Tensor? probs, bool power_of_two) "
+      "-> (Tensor payload, Tensor scales, Tensor payload_t, Tensor scales_t, Tensor activation_t, Tensor activation_scales_t, "
+      "Tensor grad_probs)");
   m.def(
       "token_logprobs(Tensor hidden, Tensor weight, Tensor targets, int num_tokens, float scale) "
       "-> (Tensor logprobs, Tensor entropy, Tensor log_sum)");

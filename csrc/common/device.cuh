@@ -32,6 +32,26 @@ __device__ __forceinline__ T warp_max(T value) {
   return value;
 }
 
+// kCount numbers of each lane, combined over kLanes neighbouring lanes: each gets the result for one number, the one of
+// lane % kLanes / (kLanes / kCount). Halves first, as a butterfly over each number would, of which this is the part that is needed.
+template <int kLanes, int kCount, typename T, typename Combine>
+__device__ __forceinline__ T fold(T (&number)[kCount], int lane, Combine combine) {
+  static_assert(kCount <= kLanes);
+  int step = kLanes / 2;
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2, step /= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int k = 0; k < half; ++k) {
+      const T mine = upper ? number[k + half] : number[k], other = upper ? number[k] : number[k + half];
+      number[k] = combine(mine, __shfl_xor_sync(kAllLanes, other, step));
+    }
+  }
+#pragma unroll
+  for (; step > 0; step /= 2) number[0] = combine(number[0], __shfl_xor_sync(kAllLanes, number[0], step));
+  return number[0];
+}
+
 // The sum over a block of kThreads, on every thread. `partial`: shared memory of kThreads / 32 values that nobody else uses until
 // all threads have come back from here; a block that calls twice needs two of them or a barrier in between.
 template <int kThreads, typename T>

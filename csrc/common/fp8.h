@@ -46,15 +46,34 @@ C10_HOST_DEVICE inline float bits_float(uint32_t bits) {
 // |x| as an integer that orders as |x| does, NaN above all; the largest of a block is the maximum of these.
 C10_HOST_DEVICE inline uint32_t magnitude(float x) { return float_bits(x) & 0x7fffffffu; }
 
-// The block's scale from the largest magnitude().
+// The block's scale from the largest magnitude(). On a GPU without a branch: a block's scale is on the way of all that it has.
 C10_HOST_DEVICE inline float block_scale(uint32_t largest, bool power_of_two) {
   const uint32_t smallest = float_bits(kSmallestAmax);
-  if (largest > 0x7f800000u) return bits_float(0x7fc00000u);
-  const float scale = bits_float(largest > smallest ? largest : smallest) / kLargestE4M3;
-  if (!power_of_two) return scale;
-  const uint32_t bits = float_bits(scale);
-  if (bits >= 0x7f800000u) return scale;  // infinity or NaN
-  return bits_float((bits & 0x007fffffu) ? (bits & 0x7f800000u) + 0x00800000u : bits);
+  const float amax = bits_float(largest > smallest ? largest : smallest);
+#if defined(__CUDA_ARCH__)
+  // the bits of a division for every finite amax here (all of them were tried), without its way out for what cannot be here
+  constexpr float kPart = 1.0f / kLargestE4M3;
+  const float near = __fmul_rn(amax, kPart), divided = __fmaf_rn(__fmaf_rn(-kLargestE4M3, near, amax), kPart, near);
+  const float scale = largest < 0x7f800000u ? divided : amax;
+#else
+  const float scale = amax / kLargestE4M3;
+#endif
+  uint32_t bits = float_bits(scale);
+  if (power_of_two) bits = (bits + 0x007fffffu) & 0x7f800000u;  // infinity stays
+  return bits_float(largest > 0x7f800000u ? 0x7fc00000u : bits);
+}
+
+// 1 / scale of a block_scale(), rounded to the nearest; 0 of infinity.
+C10_HOST_DEVICE inline float block_inverse(float scale) {
+#if defined(__CUDA_ARCH__)
+  // a division's own steps: neither a scale nor its inverse is a small number, so that one without a branch is enough
+  float near;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(scale));
+  const float exact = __fmaf_rn(near, __fmaf_rn(-scale, near, 1.0f), near);
+  return scale < bits_float(0x7f800000u) ? exact : near;
+#else
+  return 1.0f / scale;
+#endif
 }
 
 // The payload's byte of x in a block of this 1 / scale.

@@ -18,6 +18,7 @@
 #include <type_traits>
 
 #include "../common/stream.cuh"
+#include "padding.cuh"
 
 namespace r1mega {
 namespace {
@@ -27,30 +28,12 @@ constexpr int kEach = 4;       // pieces that a thread of permute holds
 constexpr int kBatch = 8;      // rows that are in flight together
 constexpr int kBlocks = 3;     // with kBatch rows a processor has at least: 80 KiB in flight
 
-// Writes zeros to the padding rows among first, first + step, ...; `seen`: row_tokens[first + lane * step], loaded early.
-template <typename Unit>
-__device__ __forceinline__ void clear_padding(
-    Unit* rows, const int64_t* row_tokens, int64_t first, int64_t step, int64_t R, int64_t pieces, int64_t seen) {
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t from = first; from < R; from += step * kWarp) {
-    const int64_t r = from + lane * step;
-    if (from != first) seen = r < R ? row_tokens[r] : 0;
-    unsigned padding = __ballot_sync(kAllLanes, seen < 0);
-    while (padding) {
-      Unit* to = rows + (from + (__ffs(padding) - 1) * step) * pieces;
-      padding &= padding - 1;
-      for (int64_t p = threadIdx.x; p < pieces; p += blockDim.x) __stcs(to + p, Unit{});
-    }
-  }
-}
-
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads) permute_kernel(
     const Unit* __restrict__ tokens, const int64_t* __restrict__ row_tokens, const int64_t* __restrict__ token_rows,
     Unit* __restrict__ rows, int64_t T, int64_t R, int64_t width, int64_t pieces) {
   const int lane = threadIdx.x % kWarp;
-  const int64_t checked = blockIdx.x + lane * static_cast<int64_t>(gridDim.x);
-  const int64_t seen = checked < R ? row_tokens[checked] : 0;
+  const int64_t seen = first_seen(row_tokens, R);
   for (int64_t t = blockIdx.x; t < T; t += gridDim.x) {
     for (int64_t first = threadIdx.x; first - threadIdx.x < pieces; first += kEach * blockDim.x) {
       Unit held[kEach];
@@ -75,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(
       }
     }
   }
-  clear_padding(rows, row_tokens, blockIdx.x, gridDim.x, R, pieces, seen);
+  clear_padding(rows, row_tokens, R, pieces, seen);
 }
 
 // Blocks for T tokens and R rows, of which any may be padding: a block clears few of them.

@@ -6,14 +6,13 @@
 
 #include "op.h"
 
-#include <ATen/ops/empty.h>
-#include <cuda_fp8.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "../common/fp8.h"
+#include "../common/fp8.cuh"
 #include "../common/stream.cuh"
+#include "../permute/padding.cuh"
 
 namespace r1mega {
 namespace {
@@ -33,31 +32,6 @@ struct Move {
   int64_t T, R, width, D, pitch;
   bool power_of_two;
 };
-
-// Zeros to the padding rows among every gridDim-th row from blockIdx; `seen`: row_tokens of lane's, loaded early.
-__device__ __forceinline__ void clear_padding(const Move& move, int64_t seen) {
-  const int64_t step = gridDim.x;
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t from = blockIdx.x; from < move.R; from += step * kWarp) {
-    const int64_t r = from + lane * step;
-    if (from != blockIdx.x) seen = r < move.R ? move.row_tokens[r] : 0;
-    unsigned padding = __ballot_sync(kAllLanes, seen < 0);
-    while (padding) {
-      uint8_t* to = move.payload + (from + (__ffs(padding) - 1) * step) * move.D;
-      padding &= padding - 1;
-      if (move.D % 16 == 0) {
-        for (int64_t p = threadIdx.x; p < move.D / 16; p += blockDim.x) __stcs(reinterpret_cast<uint4*>(to) + p, uint4{});
-      } else {
-        for (int64_t d = threadIdx.x; d < move.D; d += blockDim.x) to[d] = 0;
-      }
-    }
-  }
-}
-
-__device__ __forceinline__ int64_t first_seen(const Move& move) {
-  const int64_t r = blockIdx.x + (threadIdx.x % kWarp) * static_cast<int64_t>(gridDim.x);
-  return r < move.R ? move.row_tokens[r] : 0;
-}
 
 // Scales [blocks, R4] of rows from their tokens'; of padding, a block of zeros', and 0 where there is no row. A thread has a row
 // and, by blockIdx.y, kScales of its scales.
@@ -92,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) permute_quantize_kernel(const scalar
   constexpr int kLoads = kPiece / kVector<scalar_t>;
   const int lane = threadIdx.x % kWarp;
   const int64_t pieces = move.D / kPiece;
-  const int64_t seen = first_seen(move);
+  const int64_t seen = first_seen(move.row_tokens, move.R);
   for (int64_t t = blockIdx.x; t < move.T; t += gridDim.x) {
     for (int64_t first = threadIdx.x; first - threadIdx.x < pieces; first += kEach * blockDim.x) {
       Vector<scalar_t, kVector<scalar_t>> part[kEach][kLoads];
@@ -123,14 +97,14 @@ __global__ void __launch_bounds__(kThreads) permute_quantize_kernel(const scalar
         }
 #pragma unroll
         for (int step = kLanes / 2; step > 0; step /= 2) largest = max(largest, __shfl_xor_sync(kAllLanes, largest, step));
-        const float scale = block_scale(largest, move.power_of_two), inverse = 1.0f / scale;
+        const float scale = block_scale(largest, move.power_of_two), inverse = block_inverse(scale);
         const int64_t p = first + i * blockDim.x;
         if (p < pieces && p % kLanes == 0) move.token_scales[t * move.pitch + p / kLanes] = scale;
-        uint32_t word[4] = {};
+        uint32_t word[4];
 #pragma unroll
-        for (int j = 0; j < kPiece; j += 2) {
-          const float2 two{x[j] * inverse, x[j + 1] * inverse};
-          word[j / 4] |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3)) << (8 * (j % 4));
+        for (int w = 0; w < 4; ++w) {
+          const float* four = x + 4 * w;
+          word[w] = codes4(four[0] * inverse, four[1] * inverse, four[2] * inverse, four[3] * inverse);
         }
         bytes[i] = uint4{word[0], word[1], word[2], word[3]};
       }
@@ -150,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) permute_quantize_kernel(const scalar
       }
     }
   }
-  clear_padding(move, seen);
+  clear_padding(reinterpret_cast<uint4*>(move.payload), move.row_tokens, move.R, pieces, seen);
 }
 
 // Any D: a warp a block of 128.
@@ -158,7 +132,7 @@ template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads) permute_quantize_any_kernel(const scalar_t* __restrict__ tokens, const Move move) {
   constexpr int kOwn = kBlock / kWarp;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t seen = first_seen(move);
+  const int64_t seen = first_seen(move.row_tokens, move.R);
   for (int64_t t = blockIdx.x; t < move.T; t += gridDim.x) {
     for (int64_t b = warp; b * kBlock < move.D; b += kThreads / kWarp) {
       float x[kOwn];
@@ -169,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) permute_quantize_any_kernel(const sc
         x[i] = d < move.D ? static_cast<float>(tokens[t * move.D + d]) : 0.0f;
         largest = max(largest, magnitude(x[i]));
       }
-      const float scale = block_scale(warp_max(largest), move.power_of_two), inverse = 1.0f / scale;
+      const float scale = block_scale(warp_max(largest), move.power_of_two), inverse = block_inverse(scale);
       uint8_t byte[kOwn];
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) byte[i] = to_e4m3(x[i], inverse);
@@ -185,19 +159,18 @@ __global__ void __launch_bounds__(kThreads) permute_quantize_any_kernel(const sc
       if (lane == 0) move.token_scales[t * move.pitch + b] = scale;
     }
   }
-  clear_padding(move, seen);
+  clear_padding(move.payload, move.row_tokens, move.R, move.D, seen);
 }
 
 std::tuple<at::Tensor, at::Tensor> permute_quantize_cuda(
     const at::Tensor& tokens_any, const at::Tensor& row_tokens_any, const at::Tensor& token_rows_any, bool power_of_two) {
-  const auto [T, R, width, D] = check_permute_quantize(tokens_any, row_tokens_any, token_rows_any);
+  const auto [T, R, width, D] = check_permute_quantize("permute_quantize", tokens_any, row_tokens_any, token_rows_any);
   const c10::cuda::CUDAGuard guard(tokens_any.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor tokens = tokens_any.contiguous(), row_tokens = row_tokens_any.contiguous();
   const at::Tensor token_rows = token_rows_any.contiguous();
   const int64_t R4 = padded_rows(R), blocks = ceil_div(D, kBlock), pitch = ceil_div(blocks, kScales) * kScales;
-  at::Tensor payload = at::empty({R, D}, tokens.options().dtype(at::kFloat8_e4m3fn));
-  at::Tensor scales = at::empty({blocks, R4}, tokens.options().dtype(at::kFloat));
+  const at::Tensor payload = payload_like(tokens, {R, D}), scales = row_scales(R, D, tokens, false);
   if (R > 0 && D > 0) {
     const at::Tensor token_scales = at::empty({T, pitch}, scales.options());
     const Move move{
@@ -219,7 +192,7 @@ std::tuple<at::Tensor, at::Tensor> permute_quantize_cuda(
     gather_scales_kernel<<<gather_grid, kScaleThreads, 0, stream>>>(move, scales.mutable_data_ptr<float>(), R4, blocks);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return {payload, scales.t().narrow(0, 0, R)};
+  return {payload, scales};
 }
 
 }  // namespace

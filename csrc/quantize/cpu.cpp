@@ -1,15 +1,12 @@
 // Quantisation to block-scaled E4M3 on a CPU: the readable kernels. Bit for bit the plain-torch reference of r1mega/ops/quantize.py.
 
-#include "op.h"
+#include "tile.h"
 
-#include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
 #include <c10/util/Float8_e4m3fn.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -18,9 +15,6 @@ namespace {
 
 using Pair = std::tuple<at::Tensor, at::Tensor>;
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-constexpr int64_t kGrain = 32768;  // numbers a thread takes at least
-
-uint8_t* bytes(const at::Tensor& payload) { return static_cast<uint8_t*>(payload.mutable_data_ptr()); }
 
 // The fp32 number of each E4M3 code; NaN as 0x7fc00000.
 const std::array<float, 256>& e4m3_values() {
@@ -33,17 +27,6 @@ const std::array<float, 256>& e4m3_values() {
   }();
   return table;
 }
-
-// Where numbers come from: `fill` writes `count` of a row, from `column` on, as fp32.
-template <typename T>
-struct Numbers {
-  const T* x;
-  int64_t columns;
-  void fill(float* to, int64_t row, int64_t column, int64_t count) const {
-    const T* from = x + row * columns + column;
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
-  }
-};
 
 struct Quantized {
   const uint8_t* payload;
@@ -65,105 +48,9 @@ Quantized quantized(const at::Tensor& payload, const at::Tensor& scales) {
           scales.stride(1)};
 }
 
-// Calls `with` on the numbers of x, which is contiguous.
-template <typename With>
-void on_numbers(const at::Tensor& x, With with) {
-  if (x.scalar_type() == at::kFloat) {
-    with(Numbers<float>{x.const_data_ptr<float>(), x.size(-1)});
-  } else {
-    with(Numbers<at::BFloat16>{x.const_data_ptr<at::BFloat16>(), x.size(-1)});
-  }
-}
-
-uint32_t largest_of(const float* x, int64_t count) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, magnitude(x[i]));
-  return largest;
-}
-
-void convert(const float* x, float inverse, uint8_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = to_e4m3(x[i], inverse);
-}
-
-// Where a matrix's results go: row-major payload [rows, columns] and the scales of row r's block b at r + b * padded.
-struct Out {
-  uint8_t* payload;
-  float* scales;
-  int64_t columns, padded;
-};
-
-Out out_of(const at::Tensor& payload, const at::Tensor& scales) {
-  return {bytes(payload), scales.mutable_data_ptr<float>(), payload.size(1), padded_rows(payload.size(0))};
-}
-
-void quantize_row_block(const float* x, int64_t row, int64_t column, int64_t count, bool power_of_two, const Out& out) {
-  const float scale = block_scale(largest_of(x, count), power_of_two);
-  out.scales[column / kBlock * out.padded + row] = scale;
-  convert(x, 1.0f / scale, out.payload + row * out.columns + column, count);
-}
-
-// At most 128 x 128 numbers of a matrix as fp32, and room for their bytes.
-struct Tile {
-  float x[kBlock * kBlock];
-  uint8_t code[kBlock * kBlock];
-  int64_t row, column, rows, columns;
-  const float* line(int64_t r) const { return x + r * kBlock; }
-
-  template <typename From>
-  void read(const From& from, int64_t first_row, int64_t first_column, int64_t num_rows, int64_t num_columns, int64_t skip = 0) {
-    row = first_row, column = first_column;
-    rows = std::min(kBlock, num_rows - row), columns = std::min(kBlock, num_columns - column);
-    for (int64_t r = 0; r < rows; ++r) from.fill(x + r * kBlock, skip + row + r, column, columns);
-  }
-
-  // the bytes, transposed, to `to`: row `column` of a matrix of `width` columns, from column `row` on
-  void write_transposed(uint8_t* to, int64_t width) const {
-    constexpr int64_t kStep = 16;  // rows and columns at a time, so that both sides stay in the nearest cache
-    for (int64_t c0 = 0; c0 < columns; c0 += kStep) {
-      for (int64_t r0 = 0; r0 < rows; r0 += kStep) {
-        const int64_t c1 = std::min(c0 + kStep, columns), r1 = std::min(r0 + kStep, rows);
-        for (int64_t c = c0; c < c1; ++c) {
-          uint8_t* line_out = to + (column + c) * width + row;
-          for (int64_t r = r0; r < r1; ++r) line_out[r] = code[r * kBlock + c];
-        }
-      }
-    }
-  }
-};
-
-void quantize_tile_columns(Tile& tile, bool power_of_two, const Out& out) {
-  uint32_t largest[kBlock] = {};
-  float inverse[kBlock];
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const float* line = tile.line(r);
-    for (int64_t c = 0; c < tile.columns; ++c) largest[c] = std::max(largest[c], magnitude(line[c]));
-  }
-  for (int64_t c = 0; c < tile.columns; ++c) {
-    const float scale = block_scale(largest[c], power_of_two);
-    out.scales[tile.row / kBlock * out.padded + tile.column + c] = scale;
-    inverse[c] = 1.0f / scale;
-  }
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const float* line = tile.line(r);
-    uint8_t* code = tile.code + r * kBlock;
-    for (int64_t c = 0; c < tile.columns; ++c) code[c] = to_e4m3(line[c], inverse[c]);
-  }
-  tile.write_transposed(out.payload, out.columns);
-}
-
-// `work(tile, index of the tile's matrix, row and column of its first number)` over all tiles of `stack`.
-template <typename Work>
-void over_tiles(const Stack& stack, Work work) {
-  const int64_t across = blocks_of(stack.columns), down = blocks_of(stack.rows);
-  at::parallel_for(0, stack.count * down * across, std::max<int64_t>(1, kGrain / (kBlock * kBlock)), [&](int64_t first, int64_t last) {
-    const auto tile = std::make_unique<Tile>();
-    for (int64_t i = first; i < last; ++i) work(*tile, i / (down * across), i / across % down * kBlock, i % across * kBlock);
-  });
-}
-
 template <typename From>
 void quantize_by_rows(const From& from, int64_t M, int64_t K, bool power_of_two, const Out& out) {
-  at::parallel_for(0, M, std::max<int64_t>(1, kGrain / std::max<int64_t>(K, 1)), [&](int64_t first, int64_t last) {
+  at::parallel_for(0, M, std::max<int64_t>(1, kNumberGrain / std::max<int64_t>(K, 1)), [&](int64_t first, int64_t last) {
     float x[kBlock];
     for (int64_t row = first; row < last; ++row) {
       for (int64_t column = 0; column < K; column += kBlock) {
@@ -184,30 +71,18 @@ Pair quantize_rows_cpu(const at::Tensor& x_any, bool power_of_two) {
   return {payload, scales};
 }
 
-template <typename From>
-Pair columns_of(const From& from, const at::Tensor& like, bool power_of_two) {
-  const int64_t M = like.size(0), K = like.size(1);
-  const at::Tensor payload = payload_like(like, {K, M}), scales = row_scales(K, M, like, true);
-  const Out out = out_of(payload, scales);
-  over_tiles({1, M, K}, [&](Tile& tile, int64_t, int64_t row, int64_t column) {
-    tile.read(from, row, column, M, K);
-    quantize_tile_columns(tile, power_of_two, out);
-  });
-  return {payload, scales};
-}
-
 Pair quantize_columns_cpu(const at::Tensor& x_any, bool power_of_two) {
   check_matrix("quantize_columns", x_any);
   const at::Tensor x = x_any.contiguous();
   Pair result;
-  on_numbers(x, [&](auto from) { result = columns_of(from, x, power_of_two); });
+  on_numbers(x, [&](auto from) { result = columns_of(from, x.size(0), x.size(1), x, power_of_two); });
   return result;
 }
 
 Pair requantize_columns_cpu(const at::Tensor& payload_any, const at::Tensor& scales, bool power_of_two) {
   check_quantized("requantize_columns", payload_any, scales);
   const at::Tensor payload = payload_any.contiguous();
-  return columns_of(quantized(payload, scales), payload, power_of_two);
+  return columns_of(quantized(payload, scales), payload.size(0), payload.size(1), payload, power_of_two);
 }
 
 Four quantize_both_cpu(const at::Tensor& x_any, bool power_of_two) {
@@ -246,7 +121,7 @@ Four quantize_blocks_cpu(const at::Tensor& x_any, bool power_of_two, bool transp
       tile.read(from, row, column, N, K, e * N);
       uint32_t largest = 0;
       for (int64_t r = 0; r < tile.rows; ++r) largest = std::max(largest, largest_of(tile.line(r), tile.columns));
-      const float scale = block_scale(largest, power_of_two), inverse = 1.0f / scale;
+      const float scale = block_scale(largest, power_of_two), inverse = block_inverse(scale);
       scale_out[(e * down + row / kBlock) * across + column / kBlock] = scale;
       for (int64_t r = 0; r < tile.rows; ++r) {
         uint8_t* code = tile.code + r * kBlock;
@@ -270,7 +145,7 @@ at::Tensor dequantize_rows_cpu(const at::Tensor& payload_any, const at::Tensor& 
   const Quantized from = quantized(payload, scales);
   const auto write = [&](auto* out) {
     using T = std::remove_pointer_t<decltype(out)>;
-    at::parallel_for(0, M, std::max<int64_t>(1, kGrain / std::max<int64_t>(K, 1)), [&](int64_t first, int64_t last) {
+    at::parallel_for(0, M, std::max<int64_t>(1, kNumberGrain / std::max<int64_t>(K, 1)), [&](int64_t first, int64_t last) {
       float block[kBlock];
       for (int64_t row = first; row < last; ++row) {
         for (int64_t column = 0; column < K; column += kBlock) {

@@ -1,22 +1,23 @@
-// What the kernels of quantisation read: numbers of bf16 or fp32, or payloads with their scales.
+// What the kernels of quantisation read: numbers of bf16 or fp32, or payloads with their scales. csrc/permute_quantize has
+// another source, numbers of rows that are gathered.
 
 #pragma once
 
-#include "../common/device.cuh"
-#include "../common/fp8.h"
-
-#include <cuda_fp8.h>
+#include "../common/fp8.cuh"
 
 #include <cstdint>
 
 namespace r1mega {
 namespace {
 
-// Where numbers come from: a chunk is what a thread reads of a row, kColumns numbers. `peak` words hold magnitudes as bits, one or
-// two to a word, that `larger` compares; `alone` opens a word's largest, `at` the one of column j.
+// Where numbers come from: a chunk is what a thread reads of a row, kColumns numbers, 0 where there are none; `read` fills those of
+// kRows rows, of which `left` are there, and has all their loads on the way before it waits for one. `peak` words hold magnitudes as bits, one or
+// two to a word, that `larger` compares; `alone` opens a word's largest, `at` the one of column j. `kStriped`: the source says which
+// tile a block has (`place`); otherwise tiles of a row are neighbours.
 template <typename T>
 struct Numbers {
   static constexpr int kColumns = kVector<T>, kPeaks = 4;
+  static constexpr bool kStriped = false;
   static constexpr bool kHalves = sizeof(T) == 2;
   struct Chunk {
     uint32_t word[4];
@@ -25,16 +26,28 @@ struct Numbers {
   int64_t columns;
   bool aligned;
 
-  __device__ void read(Chunk& chunk, int64_t row, int64_t column, bool inside) const {
+  template <int kRows>
+  __device__ void read(Chunk (&chunk)[kRows], int64_t row, int64_t column, int64_t left) const {
     const T* from = x + row * columns + column;
     if (aligned) {
-      const uint4 words = inside && column < columns ? __ldcs(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
-      chunk.word[0] = words.x, chunk.word[1] = words.y, chunk.word[2] = words.z, chunk.word[3] = words.w;
-      return;
+      if (column >= columns) left = 0;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        set(chunk[i], i < left ? __ldcs(reinterpret_cast<const uint4*>(from + i * columns)) : make_uint4(0, 0, 0, 0));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) read_some(chunk[i], from + i * columns, i < left ? columns - column : 0);
     }
+  }
+  static __device__ void set(Chunk& chunk, uint4 words) {
+    chunk.word[0] = words.x, chunk.word[1] = words.y, chunk.word[2] = words.z, chunk.word[3] = words.w;
+  }
+  // the first of `left` numbers, one by one
+  static __device__ void read_some(Chunk& chunk, const T* from, int64_t left) {
     alignas(16) T numbers[kColumns];
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) numbers[j] = inside && column + j < columns ? from[j] : T(0.0f);
+    for (int j = 0; j < kColumns; ++j) numbers[j] = j < left ? from[j] : T(0.0f);
 #pragma unroll
     for (int w = 0; w < 4; ++w) chunk.word[w] = reinterpret_cast<const uint32_t*>(numbers)[w];
   }
@@ -62,6 +75,7 @@ struct Numbers {
 
 struct Quantized {
   static constexpr int kColumns = 8, kPeaks = 8;
+  static constexpr bool kStriped = false;
   struct Chunk {
     uint32_t word[2];
   };
@@ -71,17 +85,26 @@ struct Quantized {
   const float* scales;
   int64_t row_stride, block_stride;
 
-  __device__ void read(Chunk& chunk, int64_t row, int64_t column, bool inside) const {
+  template <int kRows>
+  __device__ void read(Chunk (&chunk)[kRows], int64_t row, int64_t column, int64_t left) const {
     const uint8_t* from = payload + row * columns + column;
     if (aligned) {
-      const uint2 words = inside && column < columns ? __ldcs(reinterpret_cast<const uint2*>(from)) : make_uint2(0, 0);
-      chunk.word[0] = words.x, chunk.word[1] = words.y;
-      return;
-    }
-    chunk.word[0] = chunk.word[1] = 0;
+      if (column >= columns) left = 0;
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      if (inside && column + j < columns) chunk.word[j / 4] |= static_cast<uint32_t>(from[j]) << (j % 4 * 8);
+      for (int i = 0; i < kRows; ++i) {
+        const uint2 words = i < left ? __ldcs(reinterpret_cast<const uint2*>(from + i * columns)) : make_uint2(0, 0);
+        chunk[i].word[0] = words.x, chunk[i].word[1] = words.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        chunk[i].word[0] = chunk[i].word[1] = 0;
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          if (i >= left || column + j >= columns) continue;
+          chunk[i].word[j / 4] |= static_cast<uint32_t>(from[i * columns + j]) << (j % 4 * 8);
+        }
+      }
     }
   }
   __device__ float value(const Chunk& chunk, int j, float factor) const {

@@ -130,7 +130,7 @@ R1MEGA_INLINE void quantize_normed_rows(
       uint32_t largest = 0;
       for (int64_t i = 0; i < count; ++i) y[i] = widen(in[i]) * scale * weight[column + i];
       for (int64_t i = 0; i < count; ++i) largest = std::max(largest, magnitude(y[i]));
-      const float of_block = block_scale(largest, power_of_two), inverse = 1.0f / of_block;
+      const float of_block = block_scale(largest, power_of_two), inverse = block_inverse(of_block);
       scales[column / kBlock * padded + r] = of_block;
       uint8_t* out = payload + r * width + column;
       for (int64_t i = 0; i < count; ++i) out[i] = to_e4m3(y[i], inverse);

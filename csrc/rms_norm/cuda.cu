@@ -7,14 +7,12 @@
 
 #include "op.h"
 
-#include "../common/device.cuh"
-#include "../common/fp8.h"
+#include "../common/fp8.cuh"
 #include "../quantize/op.h"
 #include "eight.cuh"
 #include "backward.cuh"
 
 #include <ATen/ops/zeros.h>
-#include <cuda_fp8.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -108,7 +106,7 @@ __global__ void __launch_bounds__(256) norm_kernel(
     }
     // a lane has the scale of one piece; all get its inverse
     const uint32_t largest = fold<kLanes>(peak, lane, [](uint32_t a, uint32_t b) { return max(a, b); });
-    const float of_block = block_scale(largest, payload.power_of_two), of_inverse = 1.0f / of_block;
+    const float of_block = block_scale(largest, payload.power_of_two), of_inverse = block_inverse(of_block);
     const int64_t first = (warp + lane % kLanes / kOwn * warps) * kPiece + lane / kLanes * kBlock;
     if (lane % kOwn == 0 && first < width) {
       float* scales = payload.scales + first / kBlock * payload.padded + row;
@@ -120,11 +118,11 @@ __global__ void __launch_bounds__(256) norm_kernel(
 #pragma unroll
     for (int n = 0; n < kPieces; ++n) {
       const float inverse = __shfl_sync(kAllLanes, of_inverse, lane / kLanes * kLanes + n * kOwn);
-      uint32_t word[2] = {};
+      uint32_t word[2];
 #pragma unroll
-      for (int j = 0; j < kEight; j += 2) {
-        const float2 two = make_float2(value[n][j] * inverse, value[n][j + 1] * inverse);
-        word[j / 4] |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3)) << (j % 4 * 8);
+      for (int w = 0; w < 2; ++w) {
+        const A* four = value[n] + 4 * w;
+        word[w] = codes4(four[0] * inverse, four[1] * inverse, four[2] * inverse, four[3] * inverse);
       }
       uint8_t* to = payload.codes + row * width + width - left[n];
       if constexpr (kAligned) {

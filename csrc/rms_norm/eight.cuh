@@ -65,26 +65,6 @@ struct Eight {
   }
 };
 
-// kCount numbers of each lane, combined over kLanes neighbouring lanes: each gets the result for one number, the one of
-// lane % kLanes / (kLanes / kCount). Halves first, as a butterfly over each number would, of which this is the part that is needed.
-template <int kLanes, int kCount, typename T, typename Combine>
-__device__ __forceinline__ T fold(T (&number)[kCount], int lane, Combine combine) {
-  static_assert(kCount <= kLanes);
-  int step = kLanes / 2;
-#pragma unroll
-  for (int half = kCount / 2; half > 0; half /= 2, step /= 2) {
-    const bool upper = lane & step;
-#pragma unroll
-    for (int k = 0; k < half; ++k) {
-      const T mine = upper ? number[k + half] : number[k], other = upper ? number[k] : number[k + half];
-      number[k] = combine(mine, __shfl_xor_sync(kAllLanes, other, step));
-    }
-  }
-#pragma unroll
-  for (; step > 0; step /= 2) number[0] = combine(number[0], __shfl_xor_sync(kAllLanes, number[0], step));
-  return number[0];
-}
-
 template <typename A>
 __device__ __forceinline__ A sum_of_eight(const A (&a)[kEight]) {
   return add(add(add(a[0], a[4]), add(a[2], a[6])), add(add(a[1], a[5]), add(a[3], a[7])));

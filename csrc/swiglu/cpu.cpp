@@ -9,10 +9,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <tuple>
 #include <vector>
 
 #include "../common/wide.h"
+#include "../quantize/tile.h"
 
 namespace r1mega {
 
@@ -139,15 +141,10 @@ class HiddenRows {
   at::Tensor hidden_, scales_;
 };
 
-// A row in 1x128 blocks: its payload, and its scales `stride` numbers apart.
-void quantize_row(const float* row, int64_t width, bool power_of_two, uint8_t* payload, float* scales, int64_t stride) {
-  for (int64_t block = 0; block < width / kBlock; ++block) {
-    const float* own = row + block * kBlock;
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < kBlock; ++i) largest = std::max(largest, magnitude(own[i]));
-    const float scale = block_scale(largest, power_of_two), inverse = 1.0f / scale;
-    scales[block * stride] = scale;
-    for (int64_t i = 0; i < kBlock; ++i) payload[block * kBlock + i] = to_e4m3(own[i], inverse);
+// A row in 1x128 blocks.
+void quantize_row(const float* row, int64_t index, int64_t width, bool power_of_two, const Out& out) {
+  for (int64_t column = 0; column < width; column += kBlock) {
+    quantize_row_block(row + column, index, column, kBlock, power_of_two, out);
   }
 }
 
@@ -158,58 +155,102 @@ std::tuple<at::Tensor, at::Tensor> swiglu_quantize_cpu(
   const HiddenRows rows(hidden, hidden_scales);
   const auto probs = probs_as(probs_any, at::kFloat);
   const float* prob = probs ? probs->const_data_ptr<float>() : nullptr;
-  at::Tensor payload = at::empty({R, F}, hidden.options().dtype(at::kFloat8_e4m3fn));
-  at::Tensor scales = new_row_scales(R, F, hidden.options());
-  auto* bytes = static_cast<uint8_t*>(payload.mutable_data_ptr());
-  float* scale = scales.mutable_data_ptr<float>();
-  const int64_t stride = scales.stride(1);
+  const at::Tensor payload = payload_like(hidden, {R, F}), scales = row_scales(R, F, hidden, true);
+  const Out out = out_of(payload, scales);
   at::parallel_for(0, R, grain_of(F), [&, F = F](int64_t first, int64_t last) {
     std::vector<float> buffer(3 * F);
     float* result = buffer.data() + 2 * F;
     for (int64_t row = first; row < last; ++row) {
       const float* gate = rows.row(row, buffer.data());
       swiglu_row(gate, gate + F, prob ? prob[row] : 1.0f, result, F);
-      quantize_row(result, F, power_of_two, bytes + row * F, scale + row, stride);
+      quantize_row(result, row, F, power_of_two, out);
     }
   });
   return {payload, scales};
 }
 
+// The backward pass of rows, one after the other: what both of its ops have in common.
+class BackwardRows {
+ public:
+  BackwardRows(
+      const at::Tensor& grad, const at::Tensor& hidden, const std::optional<at::Tensor>& hidden_scales,
+      const std::optional<at::Tensor>& probs)
+      : width_(grad.size(1)), grad_(grad.contiguous()), hidden_(hidden, hidden_scales), probs_(probs_as(probs, at::kFloat)) {
+    if (probs_) grad_probs_ = at::empty(probs_->sizes(), probs_->options());
+  }
+
+  // Into grad_hidden [2F] and activation [F], from buffer [3F], all of fp32; the gradient of the row's probability stays here.
+  void row(int64_t index, float* buffer, float* grad_hidden, float* activation) const {
+    const float* gate = hidden_.row(index, buffer);
+    const float* own = widened(grad_.const_data_ptr<at::BFloat16>() + index * width_, buffer + 2 * width_, width_);
+    const float prob = probs_ ? probs_->const_data_ptr<float>()[index] : 1.0f;
+    swiglu_row(gate, gate + width_, prob, activation, width_);
+    const float total = swiglu_backward_row(own, gate, gate + width_, prob, grad_hidden, grad_hidden + width_, width_);
+    if (grad_probs_) grad_probs_->mutable_data_ptr<float>()[index] = total;
+  }
+
+  const std::optional<at::Tensor>& grad_probs() const { return grad_probs_; }
+
+ private:
+  int64_t width_;
+  at::Tensor grad_;
+  HiddenRows hidden_;
+  std::optional<at::Tensor> probs_, grad_probs_;
+};
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_backward_quantize_cpu(
-    const at::Tensor& grad_any, const at::Tensor& hidden, const std::optional<at::Tensor>& hidden_scales,
-    const std::optional<at::Tensor>& probs_any, bool power_of_two) {
-  const auto [R, F] = check_swiglu_backward_quantize(grad_any, hidden, hidden_scales, probs_any);
-  const at::Tensor grad = grad_any.contiguous();
-  const HiddenRows rows(hidden, hidden_scales);
-  const auto probs = probs_as(probs_any, at::kFloat);
-  std::optional<at::Tensor> grad_probs;
-  if (probs) grad_probs = at::empty({R}, probs->options());
-  const float* prob = probs ? probs->const_data_ptr<float>() : nullptr;
-  float* of_prob = probs ? grad_probs->mutable_data_ptr<float>() : nullptr;
-  at::Tensor grad_hidden = at::empty({R, 2 * F}, grad.options()), activation = at::empty({R, F}, grad.options());
-  at::Tensor payload = at::empty({R, 2 * F}, hidden.options().dtype(at::kFloat8_e4m3fn));
-  at::Tensor scales = new_row_scales(R, 2 * F, hidden.options());
-  const at::BFloat16* from = grad.const_data_ptr<at::BFloat16>();
+    const at::Tensor& grad, const at::Tensor& hidden, const std::optional<at::Tensor>& hidden_scales,
+    const std::optional<at::Tensor>& probs, bool power_of_two) {
+  const auto [R, F] = check_swiglu_backward_quantize("swiglu_backward_quantize", grad, hidden, hidden_scales, probs);
+  const BackwardRows rows(grad, hidden, hidden_scales, probs);
+  const at::Tensor grad_hidden = at::empty({R, 2 * F}, grad.options()), activation = at::empty({R, F}, grad.options());
+  const at::Tensor payload = payload_like(hidden, {R, 2 * F}), scales = row_scales(R, 2 * F, hidden, true);
+  const Out out = out_of(payload, scales);
   at::BFloat16 *to = grad_hidden.mutable_data_ptr<at::BFloat16>(), *again = activation.mutable_data_ptr<at::BFloat16>();
-  auto* bytes = static_cast<uint8_t*>(payload.mutable_data_ptr());
-  float* scale = scales.mutable_data_ptr<float>();
-  const int64_t stride = scales.stride(1);
   at::parallel_for(0, R, grain_of(F), [&, F = F](int64_t first, int64_t last) {
     std::vector<float> buffer(6 * F);
-    float *own = buffer.data() + 2 * F, *result = own + F, *recomputed = result + 2 * F;
+    float *result = buffer.data() + 3 * F, *recomputed = result + 2 * F;
     for (int64_t row = first; row < last; ++row) {
-      const float* gate = rows.row(row, buffer.data());
-      const float weight = prob ? prob[row] : 1.0f;
-      swiglu_row(gate, gate + F, weight, recomputed, F);
+      rows.row(row, buffer.data(), result, recomputed);
       narrow(recomputed, again + row * F, F);
-      widened(from + row * F, own, F);
-      const float total = swiglu_backward_row(own, gate, gate + F, weight, result, result + F, F);
-      if (of_prob) of_prob[row] = total;
       narrow(result, to + row * 2 * F, 2 * F);
-      quantize_row(result, 2 * F, power_of_two, bytes + row * 2 * F, scale + row, stride);
+      quantize_row(result, row, 2 * F, power_of_two, out);
     }
   });
-  return {grad_hidden, payload, scales, grad_probs_as(grad_probs, probs_any, hidden), activation};
+  return {grad_hidden, payload, scales, grad_probs_as(rows.grad_probs(), probs, hidden), activation};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_backward_quantize_columns_cpu(
+    const at::Tensor& grad, const at::Tensor& hidden, const std::optional<at::Tensor>& hidden_scales,
+    const std::optional<at::Tensor>& probs, bool power_of_two) {
+  const auto [R, F] = check_swiglu_backward_quantize("swiglu_backward_quantize_columns", grad, hidden, hidden_scales, probs);
+  const BackwardRows rows(grad, hidden, hidden_scales, probs);
+  const at::Tensor payload = payload_like(hidden, {R, 2 * F}), scales = row_scales(R, 2 * F, hidden, true);
+  const at::Tensor payload_t = payload_like(hidden, {2 * F, R}), scales_t = row_scales(2 * F, R, hidden, true);
+  const at::Tensor activation_t = payload_like(hidden, {F, R}), activation_scales_t = row_scales(F, R, hidden, true);
+  const Out out = out_of(payload, scales), out_t = out_of(payload_t, scales_t);
+  const Out activation_out = out_of(activation_t, activation_scales_t);
+  at::parallel_for(0, blocks_of(R), 1, [&, R = R, F = F](int64_t first_tile, int64_t last_tile) {
+    std::vector<float> buffer(6 * F);
+    std::vector<at::BFloat16> held(kBlock * 3 * F);  // 128 rows of gradient and activation, rounded as they are elsewhere
+    const auto tile = std::make_unique<Tile>();
+    float *result = buffer.data() + 3 * F, *recomputed = result + 2 * F;
+    for (int64_t first = first_tile * kBlock; first < std::min(R, last_tile * kBlock); first += kBlock) {
+      for (int64_t row = first; row < std::min(R, first + kBlock); ++row) {
+        rows.row(row, buffer.data(), result, recomputed);
+        quantize_row(result, row, 2 * F, power_of_two, out);
+        narrow(result, held.data() + (row - first) * 3 * F, 3 * F);
+      }
+      for (int64_t column = 0; column < 3 * F; column += kBlock) {
+        const bool of_grad = column < 2 * F;
+        const Numbers<at::BFloat16> from{held.data() + (of_grad ? 0 : 2 * F), 3 * F};
+        tile->read(from, first, of_grad ? column : column - 2 * F, R, of_grad ? 2 * F : F, -first);
+        quantize_tile_columns(*tile, power_of_two, of_grad ? out_t : activation_out);
+      }
+    }
+  });
+  const at::Tensor grad_probs = grad_probs_as(rows.grad_probs(), probs, hidden);
+  return {payload, scales, payload_t, scales_t, activation_t, activation_scales_t, grad_probs};
 }
 
 }  // namespace
@@ -219,6 +260,7 @@ TORCH_LIBRARY_IMPL(r1mega, CPU, m) {
   m.impl("swiglu_backward", swiglu_backward_cpu);
   m.impl("swiglu_quantize", swiglu_quantize_cpu);
   m.impl("swiglu_backward_quantize", swiglu_backward_quantize_cpu);
+  m.impl("swiglu_backward_quantize_columns", swiglu_backward_quantize_columns_cpu);
 }
 
 }  // namespace r1mega

@@ -7,13 +7,12 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <cuda_fp8.h>
 #include <torch/library.h>
 
 #include <tuple>
 #include <type_traits>
 
-#include "../common/device.cuh"
+#include "device.cuh"
 
 namespace r1mega {
 namespace {
@@ -21,33 +20,8 @@ namespace {
 constexpr int kThreads = 256;     // of a forward block
 constexpr int kRowThreads = 128;  // of a backward block: one row, or a row a warp
 constexpr int kAtOnce = 2;        // groups whose loads a thread has in flight together
-constexpr int kGroup = 8;         // numbers of a group in the kernels that quantise
-constexpr int kLanes = kBlock / kGroup;  // threads that share a scale
 constexpr int64_t kWarpGroups = 64;      // rows of at most as many groups take a warp
 constexpr int64_t kSmall = std::numeric_limits<uint32_t>::max();
-
-__device__ __forceinline__ float exponential(float x) { return expf(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
-// within two units in the last place; x over infinity, or over what is near it, is 0, and infinity over infinity NaN
-__device__ __forceinline__ float over(float x, float y) { return __fdividef(x, y); }
-__device__ __forceinline__ double over(double x, double y) { return x / y; }
-
-template <typename acc_t>
-__device__ __forceinline__ acc_t activation(acc_t gate, acc_t up, acc_t prob) {
-  return over(gate, acc_t(1) + exponential(-gate)) * up * prob;
-}
-
-template <typename acc_t>
-struct Gradients {
-  acc_t gate, up, prob, activation;
-};
-
-template <typename acc_t>
-__device__ __forceinline__ Gradients<acc_t> gradients(acc_t grad, acc_t gate, acc_t up, acc_t prob) {
-  const acc_t sigmoid = over(acc_t(1), acc_t(1) + exponential(-gate)), silu = gate * sigmoid, scaled = grad * prob;
-  const acc_t slope = sigmoid * (acc_t(1) + gate * (acc_t(1) - sigmoid));
-  return {scaled * up * slope, scaled * silu, grad * (silu * up), silu * up * prob};
-}
 
 // Item i of a matrix of `width` items a row: its row. 64-bit division is slow, and seldom needed.
 __device__ __forceinline__ int64_t row_of(int64_t item, int64_t width, bool small) {
@@ -160,7 +134,8 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(
         if (group >= groups) break;
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          const auto g = gradients<acc_t>(own[u].value[i], gate[u].value[i], up[u].value[i], prob);
+          const acc_t gates = gate[u].value[i];
+          const auto g = gradients<acc_t>(own[u].value[i], gates, up[u].value[i], prob, sigmoid_of(gates));
           gate[u].value[i] = static_cast<T>(g.gate);
           up[u].value[i] = static_cast<T>(g.up);
           sum += g.prob;
@@ -175,31 +150,6 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(
   }
 }
 
-// Eight numbers of hidden in fp32, from bf16 or from E4M3 and its scale.
-__device__ __forceinline__ void widen(const Vector<at::BFloat16, kGroup>& from, float, float (&to)[kGroup]) {
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) to[i] = from.value[i];
-}
-
-__device__ __forceinline__ void widen(const Vector<uint8_t, kGroup>& from, float scale, float (&to)[kGroup]) {
-  const auto* pairs = reinterpret_cast<const __nv_fp8x2_storage_t*>(from.value);
-#pragma unroll
-  for (int i = 0; i < kGroup; i += 2) {
-    const float2 pair = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(pairs[i / 2], __NV_E4M3)));
-    to[i] = pair.x * scale;
-    to[i + 1] = pair.y * scale;
-  }
-}
-
-// Where hidden's scales are, if it has any.
-struct Scales {
-  const float* base;
-  int64_t row_stride, block_stride;
-  __device__ __forceinline__ float at(int64_t row, int64_t block) const {
-    return base ? base[row * row_stride + block * block_stride] : 1.0f;
-  }
-};
-
 // A block of 128 numbers that kLanes neighbours hold, as E4M3; all threads of the warp take part. `scale`: for the first of them.
 __device__ __forceinline__ void quantize(
     const float (&numbers)[kGroup], bool power_of_two, bool valid, uint8_t* payload, float* scale) {
@@ -208,14 +158,9 @@ __device__ __forceinline__ void quantize(
   for (int i = 0; i < kGroup; ++i) largest = max(largest, magnitude(numbers[i]));
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) largest = max(largest, __shfl_xor_sync(kAllLanes, largest, step));
-  const float own = block_scale(largest, power_of_two), inverse = 1.0f / own;
+  const float own = block_scale(largest, power_of_two), inverse = block_inverse(own);
   if (!valid) return;
-  Vector<__nv_fp8x2_storage_t, kGroup / 2> bytes;
-#pragma unroll
-  for (int i = 0; i < kGroup; i += 2) {
-    bytes.value[i / 2] = __nv_cvt_float2_to_fp8x2({numbers[i] * inverse, numbers[i + 1] * inverse}, __NV_SATFINITE, __NV_E4M3);
-  }
-  *reinterpret_cast<Vector<__nv_fp8x2_storage_t, kGroup / 2>*>(payload) = bytes;
+  *reinterpret_cast<uint2*>(payload) = codes8(numbers, inverse);
   if (threadIdx.x % kLanes == 0) *scale = own;
 }
 
@@ -225,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(
     float* __restrict__ out_scales, int64_t out_stride, int64_t items, int64_t width, bool power_of_two, bool small) {
   const int64_t groups = width / kGroup;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads * kAtOnce) + threadIdx.x;
-  Vector<T, kGroup> gate[kAtOnce] = {}, up[kAtOnce] = {};
+  Raw<T> gate[kAtOnce], up[kAtOnce];
   float gate_scale[kAtOnce], up_scale[kAtOnce], prob[kAtOnce];
   int64_t rows[kAtOnce];
 #pragma unroll
@@ -235,8 +180,8 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(
     const int64_t row = row_of(item, groups, small), group = item - row * groups;
     const T* from = hidden + row * 2 * width + group * kGroup;
     rows[u] = row;
-    gate[u] = load<T, kGroup>(from);
-    up[u] = load<T, kGroup>(from + width);
+    gate[u] = read_group(from);
+    up[u] = read_group(from + width);
     gate_scale[u] = scales.at(row, group / kLanes);
     up_scale[u] = scales.at(row, (groups + group) / kLanes);
     prob[u] = probs ? probs[row] : 1.0f;
@@ -248,7 +193,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(
     widen(gate[u], gate_scale[u], gates);
     widen(up[u], up_scale[u], ups);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) gates[i] = activation(gates[i], ups[i], prob[u]);
+    for (int i = 0; i < kGroup; ++i) gates[i] = gates[i] * near_sigmoid(gates[i]) * ups[i] * prob[u];
     const int64_t block = (item - rows[u] * groups) / kLanes;
     quantize(gates, power_of_two, item < items, payload + item * kGroup, out_scales + block * out_stride + rows[u]);
   }
@@ -270,15 +215,15 @@ __global__ void __launch_bounds__(kRowThreads) backward_quantize_kernel(
     const float prob = probs ? probs[row] : 1.0f;
     float sum = 0.0f;
     for (int64_t base = 0; base < groups; base += kOfRow * kAtOnce) {  // the same turns for all lanes of a warp
-      Vector<at::BFloat16, kGroup> own[kAtOnce];
-      Vector<T, kGroup> gate[kAtOnce], up[kAtOnce];
+      uint4 own[kAtOnce];
+      Raw<T> gate[kAtOnce], up[kAtOnce];
       float gate_scale[kAtOnce], up_scale[kAtOnce];
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         const int64_t group = min(base + u * kOfRow + lane, groups - 1);
-        own[u] = load<at::BFloat16, kGroup>(of_grad + group * kGroup);
-        gate[u] = load<T, kGroup>(of_gate + group * kGroup);
-        up[u] = load<T, kGroup>(of_up + group * kGroup);
+        own[u] = read_group(of_grad + group * kGroup);
+        gate[u] = read_group(of_gate + group * kGroup);
+        up[u] = read_group(of_up + group * kGroup);
         gate_scale[u] = scales.at(row, group / kLanes);
         up_scale[u] = scales.at(row, (groups + group) / kLanes);
       }
@@ -286,25 +231,23 @@ __global__ void __launch_bounds__(kRowThreads) backward_quantize_kernel(
       for (int u = 0; u < kAtOnce; ++u) {
         const int64_t group = base + u * kOfRow + lane;
         const bool valid = group < groups;
-        float gates[kGroup], ups[kGroup];
+        float grads[kGroup], gates[kGroup], ups[kGroup], again[kGroup];
+        widen(own[u], 1.0f, grads);
         widen(gate[u], gate_scale[u], gates);
         widen(up[u], up_scale[u], ups);
-        Vector<at::BFloat16, kGroup> to_gate, to_up, again;
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
-          const auto g = gradients<float>(own[u].value[i], gates[i], ups[i], prob);
+          const auto g = gradients<float>(grads[i], gates[i], ups[i], prob, near_sigmoid(gates[i]));
           gates[i] = g.gate;
           ups[i] = g.up;
-          to_gate.value[i] = g.gate;
-          to_up.value[i] = g.up;
-          again.value[i] = g.activation;
+          again[i] = g.activation;
           if (valid) sum += g.prob;
         }
         const int64_t at = row * 2 * width + group * kGroup, block = group / kLanes;
         if (valid) {
-          store(grad_hidden + at, to_gate);
-          store(grad_hidden + at + width, to_up);
-          store(recomputed + row * width + group * kGroup, again);
+          *reinterpret_cast<uint4*>(grad_hidden + at) = in_bf16(gates);
+          *reinterpret_cast<uint4*>(grad_hidden + at + width) = in_bf16(ups);
+          *reinterpret_cast<uint4*>(recomputed + row * width + group * kGroup) = in_bf16(again);
         }
         quantize(gates, power_of_two, valid, payload + at, out_scales + block * out_stride + row);
         quantize(ups, power_of_two, valid, payload + at + width, out_scales + (block + width / kBlock) * out_stride + row);
@@ -314,11 +257,6 @@ __global__ void __launch_bounds__(kRowThreads) backward_quantize_kernel(
     sum = row_sum<kOfRow>(sum, partial);
     if (lane == 0) grad_probs[row] = sum;
   }
-}
-
-template <typename acc_t>
-const acc_t* pointer(const std::optional<at::Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr<acc_t>() : nullptr;
 }
 
 at::Tensor swiglu_cuda(const at::Tensor& hidden_any, const std::optional<at::Tensor>& probs_any) {
@@ -370,17 +308,6 @@ std::tuple<at::Tensor, at::Tensor> swiglu_backward_cuda(
   return {grad_hidden, grad_probs_as(grad_probs, probs_any, hidden)};
 }
 
-// Rows of any base address as the kernels read them: 16 bytes at a time.
-at::Tensor aligned(const at::Tensor& tensor) {
-  const at::Tensor dense = tensor.contiguous();
-  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
-}
-
-Scales scales_of(const std::optional<at::Tensor>& scales) {
-  if (!scales) return {nullptr, 0, 0};
-  return {scales->const_data_ptr<float>(), scales->stride(0), scales->stride(1)};
-}
-
 std::tuple<at::Tensor, at::Tensor> swiglu_quantize_cuda(
     const at::Tensor& hidden_any, const std::optional<at::Tensor>& hidden_scales, const std::optional<at::Tensor>& probs_any,
     bool power_of_two) {
@@ -388,8 +315,8 @@ std::tuple<at::Tensor, at::Tensor> swiglu_quantize_cuda(
   const c10::cuda::CUDAGuard guard(hidden_any.device());
   const at::Tensor hidden = aligned(hidden_any);
   const auto probs = probs_as(probs_any, at::kFloat);
-  at::Tensor payload = at::empty({R, F}, hidden.options().dtype(at::kFloat8_e4m3fn));
-  at::Tensor scales = new_row_scales(R, F, hidden.options());
+  at::Tensor payload = payload_like(hidden, {R, F});
+  at::Tensor scales = row_scales(R, F, hidden, R % 4 != 0);
   const int64_t items = R * (F / kGroup);
   if (items == 0) return {payload, scales};
   const unsigned blocks = grid_of(ceil_div(items, kThreads * kAtOnce));
@@ -408,15 +335,15 @@ std::tuple<at::Tensor, at::Tensor> swiglu_quantize_cuda(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> swiglu_backward_quantize_cuda(
     const at::Tensor& grad_any, const at::Tensor& hidden_any, const std::optional<at::Tensor>& hidden_scales,
     const std::optional<at::Tensor>& probs_any, bool power_of_two) {
-  const auto [R, F] = check_swiglu_backward_quantize(grad_any, hidden_any, hidden_scales, probs_any);
+  const auto [R, F] = check_swiglu_backward_quantize("swiglu_backward_quantize", grad_any, hidden_any, hidden_scales, probs_any);
   const c10::cuda::CUDAGuard guard(hidden_any.device());
   const at::Tensor grad = aligned(grad_any), hidden = aligned(hidden_any);
   const auto probs = probs_as(probs_any, at::kFloat);
   std::optional<at::Tensor> grad_probs;
   if (probs) grad_probs = at::empty({R}, probs->options());
   at::Tensor grad_hidden = at::empty({R, 2 * F}, grad.options()), recomputed = at::empty({R, F}, grad.options());
-  at::Tensor payload = at::empty({R, 2 * F}, hidden.options().dtype(at::kFloat8_e4m3fn));
-  at::Tensor scales = new_row_scales(R, 2 * F, hidden.options());
+  at::Tensor payload = payload_like(hidden, {R, 2 * F});
+  at::Tensor scales = row_scales(R, 2 * F, hidden, R % 4 != 0);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto launch = [&, R = R, F = F](auto* in) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(in)>>;

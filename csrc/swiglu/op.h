@@ -6,12 +6,11 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <cstdint>
 #include <optional>
 
-#include "../common/fp8.h"
+#include "../quantize/op.h"
 
 namespace r1mega {
 
@@ -87,20 +86,12 @@ inline SwigluSizes check_swiglu_quantize(
 }
 
 inline SwigluSizes check_swiglu_backward_quantize(
-    const at::Tensor& grad, const at::Tensor& hidden, const std::optional<at::Tensor>& scales,
+    const char* op, const at::Tensor& grad, const at::Tensor& hidden, const std::optional<at::Tensor>& scales,
     const std::optional<at::Tensor>& probs) {
-  constexpr const char* op = "swiglu_backward_quantize";
   const SwigluSizes sizes = check_swiglu_quantize(op, hidden, scales, probs);
   check_grad(op, grad, sizes, hidden);
   TORCH_CHECK_VALUE(grad.scalar_type() == at::kBFloat16, op, ": expected grad of BFloat16, got ", grad.scalar_type());
   return sizes;
-}
-
-// Scales of 1x128 blocks of [rows, width]: [rows, width / 128] with strides (1, rows rounded up to 4), 0 in the pad.
-inline at::Tensor new_row_scales(int64_t rows, int64_t width, const at::TensorOptions& options) {
-  const int64_t padded = (rows + 3) / 4 * 4, blocks = width / kBlock;
-  const auto floats = options.dtype(at::kFloat);
-  return (padded == rows ? at::empty({blocks, padded}, floats) : at::zeros({blocks, padded}, floats)).t().slice(0, 0, rows);
 }
 
 // Probabilities as the kernels read them, or none.

@@ -70,7 +70,7 @@ def _sum_type(rows):
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
-def _rows_of(tokens, row_tokens):
+def rows_of(tokens, row_tokens):
     """``tokens[row_tokens]``, zeros for -1."""
     if not len(tokens):
         return tokens.new_zeros(len(row_tokens), tokens.shape[1])
@@ -79,7 +79,7 @@ def _rows_of(tokens, row_tokens):
 
 
 def _permute_reference(tokens, row_tokens, token_rows):
-    return _rows_of(tokens, row_tokens)
+    return rows_of(tokens, row_tokens)
 
 
 def _permute_fake(tokens, row_tokens, token_rows):
@@ -160,7 +160,7 @@ def _unpermute_backward(ctx, grad_tokens):
 
 def _unpermute_backward_reference(grad_tokens, rows, row_tokens, token_rows, row_probs):
     accumulate, padding = _sum_type(rows), row_tokens < 0
-    grad = _rows_of(grad_tokens, row_tokens).to(accumulate)
+    grad = rows_of(grad_tokens, row_tokens).to(accumulate)
     grad_rows = torch.where(padding.unsqueeze(1), 0.0, grad * row_probs.to(accumulate).unsqueeze(1))
     grad_probs = torch.where(padding, 0.0, (grad * rows.to(accumulate)).sum(1))
     return grad_rows.to(rows.dtype), grad_probs.to(row_probs.dtype)
@@ -200,7 +200,7 @@ def _case_of(arrange):
             tokens, probs, (_, _, row_experts, row_tokens, token_rows) = _made(*sizes, dtype, device, **how)
             # rows that differ, as those of experts do
             factor = 1 + torch.arange(len(row_tokens), device=device, dtype=dtype).unsqueeze(1) / max(1, len(row_tokens))
-            rows = _rows_of(tokens, row_tokens) * factor
+            rows = rows_of(tokens, row_tokens) * factor
             rows = rows.t().contiguous().t() if how.get("strided") else rows
             row_probs = _probs_reference(probs, row_tokens, row_experts)
             return arrange(tokens, rows, probs, row_probs, row_experts, row_tokens, token_rows)

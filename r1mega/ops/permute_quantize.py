@@ -1,14 +1,16 @@
-"""Op ``permute_quantize``: tokens to rows sorted by expert in E4M3 with a scale a 1x128 block (DeepSeek-V3, arXiv 2412.19437, 3.3).
+"""Op ``permute_quantize`` and its relatives: tokens to rows sorted by expert in E4M3 (DeepSeek-V3, arXiv 2412.19437, 3.3).
 
-``payload[r], scales[r] = quantise(tokens[row_tokens[r]])``: ``scale = max(amax, 2^-100) / 448``, ``payload = e4m3(x / scale)``.
+``payload[r], scales[r] = quantise(tokens[row_tokens[r]])``: ``scale = max(amax, 2^-100) / 448``, ``payload = e4m3(x / scale)``, a
+scale for 1x128 numbers. By columns, a scale for 128 rows of a column: ``quantize_columns`` of the rows, which are never written.
 """
 
 from __future__ import annotations
 
 import torch
 
-from r1mega.ops.library import Case, Op
-from r1mega.ops.quantize import BLOCK, Quantized, quantize_rows_reference, row_scales
+from r1mega.ops.library import FP32_BF16, Case, Op
+from r1mega.ops.permute import rows_of
+from r1mega.ops.quantize import Quantized, QuantizedBoth, fake_rows, quantize_rows_reference, row_scales
 from r1mega.ops.row_map import SITUATIONS, RowMap, routing, row_map_reference, sizes_of
 
 
@@ -27,6 +29,20 @@ def permute_quantize(tokens_TD: torch.Tensor, row_map: RowMap, power_of_two: boo
     return Quantized(*PERMUTE_QUANTIZE.packet(tokens_TD, row_map.row_tokens_R, row_map.token_rows_TK, power_of_two))
 
 
+def permute_quantize_columns(tokens_TD: torch.Tensor, row_map: RowMap, power_of_two: bool = False) -> Quantized:
+    """What the product of an expert's weight gradient reads: payload ``[D, R]``, scales ``[D, ceil(R / 128)]`` in the row layout.
+
+    Bit for bit ``quantize_columns(permute_rows(tokens_TD, row_map), power_of_two)`` in one pass: arguments are those of
+    :func:`permute_quantize`, padding rows are zeros. With a map of ``multiple=128`` no block of 128 rows is of two experts.
+    """
+    return Quantized(*PERMUTE_QUANTIZE_COLUMNS.packet(tokens_TD, row_map.row_tokens_R, row_map.token_rows_TK, power_of_two))
+
+
+def permute_quantize_both(tokens_TD: torch.Tensor, row_map: RowMap, power_of_two: bool = False) -> QuantizedBoth:
+    """:func:`permute_quantize` and :func:`permute_quantize_columns` in one pass, bit for bit."""
+    return QuantizedBoth(*PERMUTE_QUANTIZE_BOTH.packet(tokens_TD, row_map.row_tokens_R, row_map.token_rows_TK, power_of_two))
+
+
 def _reference(tokens, row_tokens, token_rows, power_of_two):
     payload, scale = quantize_rows_reference(tokens, power_of_two)
     scales = row_scales(len(row_tokens), tokens.shape[1], tokens.device)
@@ -42,19 +58,36 @@ def _reference(tokens, row_tokens, token_rows, power_of_two):
     return rows, scales
 
 
+def _columns_reference(tokens, row_tokens, token_rows, power_of_two):
+    return quantize_rows_reference(rows_of(tokens, row_tokens).t(), power_of_two)
+
+
+def _both_reference(tokens, row_tokens, token_rows, power_of_two):
+    arguments = tokens, row_tokens, token_rows, power_of_two
+    return *_reference(*arguments), *_columns_reference(*arguments)
+
+
 def _fake(tokens, row_tokens, token_rows, power_of_two):
-    R, D = row_tokens.shape[0], tokens.shape[1]
-    payload = tokens.new_empty(R, D, dtype=torch.float8_e4m3fn)
-    return payload, tokens.new_empty(-(-D // BLOCK), -(-R // 4) * 4, dtype=torch.float32).t()[:R]
+    return fake_rows(tokens, row_tokens.shape[0], tokens.shape[1])
 
 
-def _case(T, E, top_k, D=300, scale=1.0, power_of_two=False, multiple=1, spare=0, **how):
+def _columns_fake(tokens, row_tokens, token_rows, power_of_two):
+    return fake_rows(tokens, tokens.shape[1], row_tokens.shape[0])
+
+
+def _both_fake(*arguments):
+    return *_fake(*arguments), *_columns_fake(*arguments)
+
+
+def _case(T, E, top_k, D=300, scale=1.0, power_of_two=False, multiple=1, spare=0, not_finite=False, **how):
     def make(dtype, device):
         draw = torch.Generator().manual_seed(T + D)
         tokens = torch.randn(T, D, generator=draw) * torch.rand(T, 1, generator=draw) * scale
         if T and D:
             tokens[0] = 0.0  # blocks of zeros
             tokens[-1, : D // 2] *= 2.0**-120  # below the smallest amax
+        if not_finite:
+            tokens[1, 3], tokens[2, D - 1], tokens[T // 2, D // 2] = torch.nan, -torch.inf, torch.inf
         chosen = routing(T, E, top_k, device, **how)
         _, _, _, row_tokens, token_rows = row_map_reference(chosen, *sizes_of(chosen, multiple, spare))
         tokens = tokens.to(device, dtype)
@@ -74,11 +107,38 @@ _MORE = (
     ("rows of several rounds", (5, 4, 2), {"D": 8208}),
 )
 
+_COLUMNS = (
+    ("blocks of rows", (300, 3, 2), {"multiple": 128, "D": 256}),
+    ("blocks of rows, powers of two", (300, 3, 2), {"multiple": 128, "D": 272, "power_of_two": True}),
+    ("a short block of rows", (90, 4, 2), {"multiple": 16, "D": 144}),
+    ("rows to spare", (70, 2, 1), {"multiple": 128, "spare": 128, "D": 136}),
+    ("not finite", (70, 2, 1), {"multiple": 128, "D": 136, "not_finite": True}),
+)
+"""Beside those of all: rows of several blocks of 128."""
+_ROWS_CASES = tuple(Case(name, _case(*sizes, **how)) for name, sizes, how in SITUATIONS + _MORE)
+_CASES = _ROWS_CASES + tuple(Case(name, _case(*sizes, **how)) for name, sizes, how in _COLUMNS)
+
 PERMUTE_QUANTIZE = Op(
     "permute_quantize(Tensor tokens, Tensor row_tokens, Tensor token_rows, bool power_of_two) -> (Tensor payload, Tensor scales)",
     _reference,
     _fake,
-    cases=tuple(Case(name, _case(*sizes, **how)) for name, sizes, how in SITUATIONS + _MORE),
-    dtypes=(torch.bfloat16, torch.float32),
+    cases=_ROWS_CASES,
+    dtypes=FP32_BF16,
 )
-OPS = (PERMUTE_QUANTIZE,)
+PERMUTE_QUANTIZE_COLUMNS = Op(
+    "permute_quantize_columns(Tensor tokens, Tensor row_tokens, Tensor token_rows, bool power_of_two) "
+    "-> (Tensor payload_t, Tensor scales_t)",
+    _columns_reference,
+    _columns_fake,
+    cases=_CASES,
+    dtypes=FP32_BF16,
+)
+PERMUTE_QUANTIZE_BOTH = Op(
+    "permute_quantize_both(Tensor tokens, Tensor row_tokens, Tensor token_rows, bool power_of_two) "
+    "-> (Tensor payload, Tensor scales, Tensor payload_t, Tensor scales_t)",
+    _both_reference,
+    _both_fake,
+    cases=_CASES,
+    dtypes=FP32_BF16,
+)
+OPS = (PERMUTE_QUANTIZE, PERMUTE_QUANTIZE_COLUMNS, PERMUTE_QUANTIZE_BOTH)

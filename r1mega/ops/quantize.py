@@ -169,17 +169,18 @@ def _requantize_columns_reference(payload, scales, power_of_two):
     return quantize_rows_reference(_products(payload, scales).t(), power_of_two)
 
 
-def _fake_rows(x, M, K):
+def fake_rows(x: torch.Tensor, M: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Payload and scales of ``[M, K]`` by rows, on x's device and not filled."""
     memory = x.new_empty(_blocks(K), -(-M // 4) * 4, dtype=torch.float32)
     return x.new_empty(M, K, dtype=E4M3), _row_layout(memory, M)
 
 
 def _quantize_rows_fake(x, power_of_two):
-    return _fake_rows(x, *x.shape)
+    return fake_rows(x, *x.shape)
 
 
 def _quantize_columns_fake(x, power_of_two):
-    return _fake_rows(x, x.shape[1], x.shape[0])
+    return fake_rows(x, x.shape[1], x.shape[0])
 
 
 def _quantize_both_fake(x, power_of_two):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from r1mega.ops.library import Case, Op
-from r1mega.ops.quantize import BLOCK, E4M3, Quantized, quantize_rows_reference, row_scales
+from r1mega.ops.quantize import BLOCK, Quantized, fake_rows, quantize_rows_reference
 
 
 class QuantizedGrads(NamedTuple):
@@ -24,6 +24,19 @@ class QuantizedGrads(NamedTuple):
     scales: torch.Tensor
     grad_probs_R: torch.Tensor
     activation_RF: torch.Tensor
+
+
+class QuantizedColumnGrads(NamedTuple):
+    """What :func:`swiglu_backward_quantize_columns` returns: ``grad_hidden`` ``[R, 2F]`` by rows, the same by columns ``[2F, R]``,
+    the activation by columns ``[F, R]``, each with its scales in the row layout, and ``grad_probs`` ``[R]`` (or empty)."""
+
+    payload_R2F: torch.Tensor
+    scales: torch.Tensor
+    payload_2FR: torch.Tensor
+    scales_t: torch.Tensor
+    activation_FR: torch.Tensor
+    activation_scales_t: torch.Tensor
+    grad_probs_R: torch.Tensor
 
 
 def swiglu(hidden: torch.Tensor, probs: torch.Tensor | None = None) -> torch.Tensor:
@@ -69,6 +82,21 @@ def swiglu_backward_quantize(
     Everything else is as in :func:`swiglu_quantize`. No gradient.
     """
     return QuantizedGrads(*SWIGLU_BACKWARD_QUANTIZE.packet(grad_RF, hidden_R2F, hidden_scales, probs_R, power_of_two))
+
+
+def swiglu_backward_quantize_columns(
+    grad_RF: torch.Tensor,
+    hidden_R2F: torch.Tensor,
+    hidden_scales: torch.Tensor | None = None,
+    probs_R: torch.Tensor | None = None,
+    power_of_two: bool = False,
+) -> QuantizedColumnGrads:
+    """:func:`swiglu_backward_quantize` for weight gradients in FP8: no bf16 result leaves it, in its place come their columns.
+
+    Bit for bit ``quantize_columns`` of the bf16 gradient and activation that :func:`swiglu_backward_quantize` returns on the same
+    device; the rows' payload is its too, from fp32. The probabilities' gradient is an fp32 sum in one order, on a GPU another one.
+    """
+    return QuantizedColumnGrads(*SWIGLU_BACKWARD_QUANTIZE_COLUMNS.packet(grad_RF, hidden_R2F, hidden_scales, probs_R, power_of_two))
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -124,6 +152,13 @@ def _backward_quantize_reference(grad, hidden, hidden_scales, probs, power_of_tw
     return grad_hidden.to(dtype), payload, scales, grad_probs, _activation(hidden, probs).to(dtype)
 
 
+def _backward_columns_reference(grad, hidden, hidden_scales, probs, power_of_two):
+    arguments = grad, hidden, hidden_scales, probs, power_of_two
+    grad_hidden, payload, scales, grad_probs, activation = _backward_quantize_reference(*arguments)
+    columns = (quantize_rows_reference(x.t(), power_of_two) for x in (grad_hidden, activation))
+    return payload, scales, *next(columns), *next(columns), grad_probs
+
+
 def _fake(hidden, probs):
     return hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2)
 
@@ -136,18 +171,20 @@ def _backward_fake(grad, hidden, probs):
     return hidden.new_empty(hidden.shape), _fake_grad_probs(hidden, probs)
 
 
-def _fake_quantized(hidden, num_rows, width):
-    return hidden.new_empty(num_rows, width, dtype=E4M3), row_scales(num_rows, width, hidden.device)
-
-
 def _quantize_fake(hidden, hidden_scales, probs, power_of_two):
-    return _fake_quantized(hidden, hidden.shape[0], hidden.shape[1] // 2)
+    return fake_rows(hidden, hidden.shape[0], hidden.shape[1] // 2)
 
 
 def _backward_quantize_fake(grad, hidden, hidden_scales, probs, power_of_two):
     grad_hidden = grad.new_empty(hidden.shape)
-    quantized = _fake_quantized(hidden, *hidden.shape)
+    quantized = fake_rows(hidden, *hidden.shape)
     return grad_hidden, *quantized, _fake_grad_probs(hidden, probs), grad.new_empty(grad.shape)
+
+
+def _backward_columns_fake(grad, hidden, hidden_scales, probs, power_of_two):
+    R, F2 = hidden.shape
+    made = (fake_rows(hidden, *sizes) for sizes in ((R, F2), (F2, R), (F2 // 2, R)))
+    return *next(made), *next(made), *next(made), _fake_grad_probs(hidden, probs)
 
 
 def _setup(ctx, inputs, output):
@@ -235,8 +272,17 @@ _QUANTIZED = (
 )
 
 
-def _quantized_cases(make) -> tuple[Case, ...]:
-    return tuple(Case(name, make(*sizes, **how)) for name, sizes, how in _QUANTIZED)
+_COLUMNS = (
+    ("blocks of rows", (256, 256), {"padding": 70, "fp8": True}),
+    ("blocks of rows, hidden in bf16", (256, 128), {"power_of_two": True}),
+    ("a short block of rows", (144, 128), {"fp8": True, "power_of_two": True}),
+    ("an odd number of rows", (131, 128), {"fp8": True}),
+)
+"""Of the op that makes columns, beside the others."""
+
+
+def _quantized_cases(make, more=()) -> tuple[Case, ...]:
+    return tuple(Case(name, make(*sizes, **how)) for name, sizes, how in (*_QUANTIZED, *more))
 
 
 SWIGLU = Op(
@@ -272,4 +318,14 @@ SWIGLU_BACKWARD_QUANTIZE = Op(
     dtypes=(torch.bfloat16,),
     exact=False,
 )
-OPS = (SWIGLU, SWIGLU_BACKWARD, SWIGLU_QUANTIZE, SWIGLU_BACKWARD_QUANTIZE)
+SWIGLU_BACKWARD_QUANTIZE_COLUMNS = Op(
+    "swiglu_backward_quantize_columns(Tensor grad, Tensor hidden, Tensor? hidden_scales, Tensor? probs, bool power_of_two) "
+    "-> (Tensor payload, Tensor scales, Tensor payload_t, Tensor scales_t, Tensor activation_t, Tensor activation_scales_t, "
+    "Tensor grad_probs)",
+    _backward_columns_reference,
+    _backward_columns_fake,
+    cases=_quantized_cases(_backward_quantize_case, _COLUMNS),
+    dtypes=(torch.bfloat16,),
+    exact=False,
+)
+OPS = (SWIGLU, SWIGLU_BACKWARD, SWIGLU_QUANTIZE, SWIGLU_BACKWARD_QUANTIZE, SWIGLU_BACKWARD_QUANTIZE_COLUMNS)

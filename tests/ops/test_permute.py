@@ -8,10 +8,12 @@ from megatron.core.transformer.moe import moe_utils
 
 from r1mega.ops import library
 from r1mega.ops.permute import permute, permute_rows, unpermute
-from r1mega.ops.permute_quantize import permute_quantize
+from r1mega.ops.permute_quantize import permute_quantize, permute_quantize_both, permute_quantize_columns
+from r1mega.ops.quantize import quantize_columns
 from r1mega.ops.row_map import map_rows
 
 BUILT = library.load()
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CHOSEN = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]]).bool()
 
 
@@ -100,6 +102,25 @@ def test_quantised_rows_read_back_as_the_rows() -> None:
             assert (torch.frexp(scales[scales.isfinite()]).mantissa == 0.5).all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("D", [272, 1024])
+def test_columns_are_those_of_the_rows_that_are_never_written(D, device) -> None:
+    tokens, _, chosen = routed(600, 5, 2)
+    tokens = torch.cat([tokens] * 64, dim=1)[:, :D].to(device, torch.bfloat16)
+    row_map = map_rows(chosen.to(device), 2, multiple=128)
+    columns = permute_quantize_columns(tokens, row_map)
+    both = permute_quantize_both(tokens, row_map)
+    expected = (*permute_quantize(tokens, row_map), *quantize_columns(permute_rows(tokens, row_map)))
+    for got, wanted in zip((*both, *columns), (*expected, *expected[2:]), strict=True):
+        assert got.stride() == wanted.stride()
+        assert torch.equal(got.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8))
+    ends = row_map.ends_E.tolist()  # an expert's blocks alone hold its tokens: each column sums to what the tokens do
+    back = columns.payload.float() * columns.scales.repeat_interleave(128, dim=1)
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        true = tokens[chosen[:, expert].to(device)].float()
+        torch.testing.assert_close(back[:, start:end].sum(1), true.sum(0), rtol=0, atol=0.02 * true.abs().sum(0).max().item())
+
+
 def test_rows_are_those_of_megatron_core() -> None:
     tokens, probs, chosen = routed()
     rows, row_probs, _ = moe_utils.permute(tokens, chosen, probs=probs, num_out_tokens=150)
@@ -141,6 +162,11 @@ def test_the_kernels_checks_say_what_was_expected_and_what_came() -> None:
             lambda: ops.permute_quantize(tokens.half(), row_tokens, token_rows, False),
             ValueError,
             "permute_quantize: expected tokens of bfloat16 or float32, got Half",
+        ),
+        (
+            lambda: ops.permute_quantize_columns(tokens, row_tokens + 1, token_rows, False),
+            IndexError,
+            "permute_quantize_columns: expected tokens from -1 to 1, got 2",
         ),
     ):  # fmt: skip
         with pytest.raises(error, match=text):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from r1mega.ops import library
-from r1mega.ops.swiglu import swiglu, swiglu_backward_quantize, swiglu_quantize
+from r1mega.ops.quantize import quantize_columns, quantize_rows
+from r1mega.ops.swiglu import swiglu, swiglu_backward_quantize, swiglu_backward_quantize_columns, swiglu_quantize
 
 BUILT = library.load()
 INF, NAN = math.inf, math.nan
@@ -58,6 +59,26 @@ def test_padding_rows_are_zeros_and_scales_are_as_products_read_them(power_of_tw
     back = swiglu_backward_quantize(grad, hidden, None, probs, power_of_two)
     assert back.payload_R2F[4:].float().count_nonzero() == 0 and back.grad_hidden_R2F[4:].count_nonzero() == 0
     assert back.scales.stride() == (1, 8) and torch.equal(back.activation_RF, swiglu(hidden, probs))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("rows, width, power_of_two", [(256, 384, False), (144, 128, True), (131, 256, False)])
+def test_columns_are_those_of_the_bf16_results_that_are_never_written(rows, width, power_of_two, fp8, device) -> None:
+    draw = torch.Generator().manual_seed(1)
+    hidden = torch.randn(rows, 2 * width, generator=draw).to(device, torch.bfloat16)
+    grad, probs = torch.randn(rows, width, generator=draw).to(device, torch.bfloat16), torch.rand(rows, generator=draw).to(device)
+    hidden[3, 5], grad[7, 9], probs[11] = NAN, INF, 0.0
+    given = quantize_rows(hidden) if fp8 else (hidden, None)
+    made = swiglu_backward_quantize(grad, *given, probs, power_of_two)
+    columns = swiglu_backward_quantize_columns(grad, *given, probs, power_of_two)
+    wanted = made.payload_R2F, made.scales, *(
+        part for x in (made.grad_hidden_R2F, made.activation_RF) for part in quantize_columns(x, power_of_two)
+    )  # fmt: skip
+    for got, expected in zip(columns[:-1], wanted, strict=True):
+        assert got.shape == expected.shape and got.stride() == expected.stride()
+        assert torch.equal(got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+    torch.testing.assert_close(columns.grad_probs_R, made.grad_probs_R, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_a_block_with_a_nan_has_a_scale_that_is_not_finite_and_no_other() -> None:

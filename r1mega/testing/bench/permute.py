@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from r1mega.ops.permute import UNPERMUTE_BACKWARD, permute, permute_probs, permute_rows, unpermute
-from r1mega.ops.permute_quantize import permute_quantize
-from r1mega.ops.quantize import quantize_rows_reference
+from r1mega.ops.permute_quantize import permute_quantize, permute_quantize_both, permute_quantize_columns
+from r1mega.ops.quantize import quantize_columns, quantize_rows_reference
 from r1mega.ops.row_map import RowMap, map_rows
 from r1mega.testing.bench import Bench
 
@@ -84,6 +84,11 @@ def _torch_quantize(tokens, row_map):
     return quantize_rows_reference(tokens.index_select(0, row_map.row_tokens_R), False)
 
 
+def _torch_quantize_columns(tokens, row_map):
+    rows = tokens.index_select(0, row_map.row_tokens_R.clamp(min=0))
+    return quantize_rows_reference(torch.where((row_map.row_tokens_R < 0).unsqueeze(1), 0, rows).t(), False)
+
+
 def _permute_peers() -> dict[str, Callable[..., Any]]:
     def megatron(fused: bool):
         return lambda tokens, probs, chosen: _megatron().permute(tokens, chosen, probs=probs, num_out_tokens=ROWS, fused=fused)
@@ -112,9 +117,9 @@ def _unpermute_peers() -> dict[str, Callable[..., Any]]:
     return peers
 
 
-def _quantize_inputs(device: torch.device) -> tuple[torch.Tensor, RowMap]:
-    tokens, _, chosen = _routed(256, device)
-    return tokens, map_rows(chosen, K)
+def _quantize_inputs(num_experts: int, device: torch.device, multiple: int = 1) -> tuple[torch.Tensor, RowMap]:
+    tokens, _, chosen = _routed(num_experts, device)
+    return tokens, map_rows(chosen, K, multiple)
 
 
 def _backward_inputs(device: torch.device) -> tuple[_Rows, torch.Tensor]:
@@ -163,9 +168,40 @@ def benches() -> Iterator[Bench]:
     yield Bench(
         "permute_quantize",
         f"{T} x {D} bf16 to E4M3, top-{K} of 256",
-        _quantize_inputs,
+        functools.partial(_quantize_inputs, 256),
         permute_quantize,
         # tokens read in bf16; a byte a number and a scale of four bytes a block of 128 written
         num_bytes=T * D * 2 + ROWS * (D + D // 128 * 4),
         peers={"torch": _torch_quantize},
     )
+    for num_experts in (8, 32, 256):
+        # a whole block of 128 more rows for every expert at most, whatever the routing
+        rows = (ROWS + num_experts * 127) // 128 * 128
+        case = f"{T} x {D} bf16 to E4M3, top-{K} of {num_experts}, rows by 128"
+        inputs = functools.partial(_quantize_inputs, num_experts, multiple=128)
+        payload = rows * D + rows // 128 * D * 4
+        yield Bench(
+            "permute_quantize_columns",
+            case,
+            inputs,
+            permute_quantize_columns,
+            # each row read in bf16, though its token is in the L2 by then for most; a byte a number and scales written
+            num_bytes=rows * D * 2 + payload,
+            peers={
+                "permute, quantize_columns": lambda tokens, row_map: quantize_columns(permute_rows(tokens, row_map)),
+                "torch": _torch_quantize_columns,
+            },
+        )
+        yield Bench(
+            "permute_quantize_both",
+            case,
+            inputs,
+            permute_quantize_both,
+            num_bytes=rows * D * 2 + 2 * payload,
+            peers={
+                "permute_quantize, permute_quantize_columns": lambda tokens, row_map: (
+                    permute_quantize(tokens, row_map),
+                    permute_quantize_columns(tokens, row_map),
+                ),
+            },
+        )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from r1mega.ops import swiglu as ops
+from r1mega.ops.quantize import BLOCK, quantize_columns, quantize_rows_reference
 from r1mega.testing.bench import Bench
 
 SIZES = ((32768, 2048), (8192, 2048), (32768, 1408))
@@ -41,13 +42,13 @@ def benches() -> Iterator[Bench]:
     numbers = num_rows * width
     for fp8 in (False, True):
         case = f"{num_rows} x 2*{width}, hidden in {'E4M3' if fp8 else 'bf16'}"
-        hidden_bytes = 2 * numbers * (1 + 4 / ops.BLOCK if fp8 else BF16)  # payload and scales, or bf16
+        hidden_bytes = 2 * numbers * (1 + 4 / BLOCK if fp8 else BF16)  # payload and scales, or bf16
         yield Bench(
             "swiglu_quantize",
             case,
             _inputs(num_rows, width, fp8=fp8),
             lambda grad, hidden, scales, probs: ops.SWIGLU_QUANTIZE.packet(hidden, scales, probs, True),
-            num_bytes=int(hidden_bytes + numbers * (1 + 4 / ops.BLOCK)) + 4 * num_rows,  # payload and scales out
+            num_bytes=int(hidden_bytes + numbers * (1 + 4 / BLOCK)) + 4 * num_rows,  # payload and scales out
             peers={"torch": lambda grad, hidden, scales, probs: ops.SWIGLU_QUANTIZE.reference(hidden, scales, probs, True)},
         )
         yield Bench(
@@ -56,9 +57,27 @@ def benches() -> Iterator[Bench]:
             _inputs(num_rows, width, fp8=fp8),
             lambda grad, hidden, scales, probs: ops.SWIGLU_BACKWARD_QUANTIZE.packet(grad, hidden, scales, probs, True),
             # gradient in; out: hidden's gradient in bf16 and in E4M3 with scales, the activation
-            num_bytes=int(hidden_bytes + numbers * (BF16 + 2 * BF16 + 2 * (1 + 4 / ops.BLOCK) + BF16)) + 8 * num_rows,
+            num_bytes=int(hidden_bytes + numbers * (BF16 + 2 * BF16 + 2 * (1 + 4 / BLOCK) + BF16)) + 8 * num_rows,
             peers={"torch": lambda *inputs: ops.SWIGLU_BACKWARD_QUANTIZE.reference(*inputs, True)},
         )
+
+        yield Bench(
+            "swiglu_backward_quantize_columns",
+            case,
+            _inputs(num_rows, width, fp8=fp8),
+            lambda grad, hidden, scales, probs: ops.SWIGLU_BACKWARD_QUANTIZE_COLUMNS.packet(grad, hidden, scales, probs, True),
+            # gradient in; out: hidden's gradient twice and the activation, a byte a number and scales
+            num_bytes=int(hidden_bytes + numbers * (BF16 + 5 * (1 + 4 / BLOCK))) + 8 * num_rows,
+            peers={
+                "swiglu_backward_quantize, quantize_columns": _in_two_passes,
+                "torch": lambda *inputs: ops.SWIGLU_BACKWARD_QUANTIZE_COLUMNS.reference(*inputs, True),
+            },
+        )
+
+
+def _in_two_passes(grad, hidden, scales, probs):
+    made = ops.swiglu_backward_quantize(grad, hidden, scales, probs, True)
+    return made, quantize_columns(made.grad_hidden_R2F, True), quantize_columns(made.activation_RF, True)
 
 
 def _inputs(num_rows: int, width: int, *, fp8: bool | None = None) -> Callable[[torch.device], tuple]:
@@ -70,7 +89,7 @@ def _inputs(num_rows: int, width: int, *, fp8: bool | None = None) -> Callable[[
         probs = torch.rand(num_rows, device=device)
         if fp8 is None:
             return grad, hidden, probs
-        return grad, *(ops.quantize_rows_reference(hidden, True) if fp8 else (hidden, None)), probs
+        return grad, *(quantize_rows_reference(hidden, True) if fp8 else (hidden, None)), probs
 
     return make
 
