@@ -58,6 +58,9 @@ def dtype_violations(precision: PrecisionConfig) -> Iterator[Violation]:
     if precision.products == "te" and precision.power_of_two_scales:
         key, rule = "precision.power_of_two_scales", "false with precision.products=te, whose recipe has scales of its own"
         yield Violation(key, rule, "true", ((key, (False,)), ("precision.products", ("fp8",))))
+    if precision.products != "fp8" and precision.expert_weight_gradients == "bf16":
+        key, rule = "precision.expert_weight_gradients", "fp8, its default, where precision.products is not fp8"
+        yield Violation(key, rule, "bf16", ((key, ("fp8",)), ("precision.products", ("fp8",))))
 
 
 def attention_violations(device: DeviceConfig, precision: PrecisionConfig, parallel: ParallelConfig) -> Iterator[Violation]:

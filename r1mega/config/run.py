@@ -145,6 +145,12 @@ class PrecisionConfig:
         **one_of("plain", "fp8", "te"),
     )
     power_of_two_scales: bool = knob(False, "with products=fp8: scales that are powers of two, as DeepSeek-V3.1 has", "bool")
+    expert_weight_gradients: str = knob(
+        "fp8",
+        "with products=fp8: operands of the products that routed experts' weight gradients are; fp8: 1x128 by 1x128 (V3 3.3)",
+        "name",
+        **one_of("fp8", "bf16"),
+    )
 
 
 @dataclass

@@ -38,7 +38,7 @@ def use_products(
         return
     if any(parameter.is_cuda for stage in stages for parameter in stage.parameters()):
         deep_gemm()  # on every rank, those without experts too: weight gradients of linear layers are its work as well
-    recipe = Recipe(precision.power_of_two_scales)
+    recipe = Recipe(precision.power_of_two_scales, precision.expert_weight_gradients)
     for stage in stages:
         for name, module in stage.named_modules():
             if isinstance(module, ColumnLinear | RowLinear):

@@ -14,9 +14,13 @@ from r1mega.ops.quantize import Quantized, quantize_blocks
 
 @dataclass(frozen=True)
 class Recipe:
-    """How numbers become FP8. ``power_of_two``: scales that are powers of two, as DeepSeek-V3.1 trains with."""
+    """How numbers become FP8. ``power_of_two``: scales that are powers of two, as DeepSeek-V3.1 trains with.
+
+    ``expert_weight_gradients``: fp8 or bf16, what the products of routed experts' weight gradients are of.
+    """
 
     power_of_two: bool = False
+    expert_weight_gradients: str = "fp8"
 
 
 Ways = tuple[Quantized, Quantized]

@@ -18,7 +18,7 @@ import torch
 from r1mega import registry
 from r1mega.config.bench import BenchConfig
 from r1mega.config.errors import UserError
-from r1mega.config.run import LaunchConfig, ParallelConfig
+from r1mega.config.run import LaunchConfig, ParallelConfig, PrecisionConfig
 from r1mega.config.train import OptimConfig
 from r1mega.device import DTYPES, Device
 from r1mega.mesh import Mesh, close_mesh, open_mesh
@@ -148,7 +148,7 @@ def with_peer(config: BenchConfig, device: Device, rounds: int, numbers: dict[st
     except UserError as missing:
         return numbers | {"peer": str(missing)}
     device.release_unused()
-    theirs = replace(config, precision=replace(config.precision, products="te", power_of_two_scales=False))
+    theirs = replace(config, precision=PrecisionConfig(dtype=config.precision.dtype, products="te"))
     found, _ = (moe_layer if config.bench == "moe" else training_step)(theirs, device, rounds)
     told = [name for name in numbers if name.endswith("_ms")]
     ratios = {f"peer_over_ours_{name.removesuffix('_ms')}": _short(found[name] / numbers[name]) for name in told}

@@ -19,9 +19,10 @@ from tests.train.cases import MODEL, OPTIM, one_rank
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BLOCKY = replace(MODEL, hidden_size=128, moe_ffn_size=128, ffn_size=256)
 FP8 = PrecisionConfig(dtype="bf16", products="fp8")
+FP8_RECIPE, BF16_GRADIENTS = Recipe(), Recipe(expert_weight_gradients="bf16")
 
 
-def grouped(device: str, main_grad: bool = False):
+def grouped(device: str, main_grad: bool = False, recipe: Recipe = FP8_RECIPE):
     """Four experts of widths 128 and 256 and their plain twin, in bf16."""
     from r1mega.config.run import ParallelConfig
     from r1mega.model.build import transformer_config
@@ -39,7 +40,7 @@ def grouped(device: str, main_grad: bool = False):
             getattr(one, name).data.copy_(values)
             if main_grad:
                 getattr(one, name).main_grad = torch.zeros_like(getattr(one, name), dtype=torch.float32)
-    made[0].fp8 = Recipe()
+    made[0].fp8 = recipe
     return made
 
 
@@ -79,12 +80,13 @@ def run(call, experts, tokens_TD, probs_TE, map_TE) -> list[torch.Tensor]:
     return [out.detach(), tokens.grad, probs.grad, *grads]
 
 
+@pytest.mark.parametrize("recipe", [FP8_RECIPE, BF16_GRADIENTS])
 @pytest.mark.parametrize("main_grad", [False, True])
 @pytest.mark.parametrize("num_tokens", [300, 1])
 @pytest.mark.parametrize("call", [by_tokens, by_rows])
 @pytest.mark.parametrize("device", DEVICES)
-def test_answers_and_gradients_are_near_those_of_the_plain_experts(device, call, num_tokens, main_grad) -> None:
-    ours, theirs = grouped(device, main_grad)
+def test_answers_and_gradients_are_near_those_of_the_plain_experts(device, call, num_tokens, main_grad, recipe) -> None:
+    ours, theirs = grouped(device, main_grad, recipe)
     given = chosen(num_tokens, device)
     found, want = run(call, ours, *given), run(plain, theirs, *given)
     for one, true in zip(found, want, strict=True):
@@ -93,16 +95,18 @@ def test_answers_and_gradients_are_near_those_of_the_plain_experts(device, call,
     assert not found[-1][3].any() and not found[2][~given[2]].any()  # nothing for an expert without tokens, or not chosen
 
 
+@pytest.mark.parametrize("recipe", [FP8_RECIPE, BF16_GRADIENTS])
 @pytest.mark.parametrize("device", DEVICES)
-def test_no_tokens_are_no_trouble(device) -> None:
-    ours, _ = grouped(device, main_grad=True)
+def test_no_tokens_are_no_trouble(device, recipe) -> None:
+    ours, _ = grouped(device, main_grad=True, recipe=recipe)
     found = run(by_tokens, ours, *chosen(0, device))
     assert found[0].shape == (0, 256) and not found[3].any() and not found[4].any()
 
 
-def test_weight_gradients_can_come_later() -> None:
-    ours, theirs = grouped("cpu", main_grad=True)
-    theirs.fp8 = Recipe()
+@pytest.mark.parametrize("recipe", [FP8_RECIPE, BF16_GRADIENTS])
+def test_weight_gradients_can_come_later(recipe) -> None:
+    ours, theirs = grouped("cpu", main_grad=True, recipe=recipe)
+    theirs.fp8 = recipe
     given, store = chosen(40, "cpu"), WeightGradients()
     run(by_tokens, ours, *given)
     with store.collect("here"):
