@@ -72,6 +72,9 @@ def attention_violations(device: DeviceConfig, precision: PrecisionConfig, paral
         yield Violation(key, "auto on a CPU, for which torch has one kernel", device.attention, usual)
     elif parallel.context > 1:
         yield Violation(key, "auto with parallel.context above 1, whose blocks have kernels of their own", device.attention, usual)
+    elif device.attention == "cudnn" and device.deterministic:
+        rule = "any but cudnn with device.deterministic, whose gradients are summed in any order"
+        yield Violation(key, rule, device.attention, (*usual, ("device.deterministic", (False,))))
     elif device.attention != "math" and precision.dtype != "bf16":
         rule = f"bf16 with device.attention={device.attention}, whose kernel takes no other"
         yield Violation("precision.dtype", rule, precision.dtype, (("precision.dtype", ("bf16",)), *usual))

@@ -59,7 +59,8 @@ class CoreAttention(MegatronModule):
     for plain causal attention; bool ``[B, 1, S, S]``, True where a query may look (packed samples); with several context ranks
     int32 ``[B, S]``, the sample numbers of the whole rows. There ``query`` holds this rank's two parts, and ``key`` and ``value``
     those too (``p2p``) or the whole sequence in order (``all_gather``). Kernels of one width (``device.attention`` flash and
-    flash_attn, and a CPU's) get values filled up with zeros to the keys' width; what they add to the output is cut off.
+    flash_attn, and a CPU's) get values filled up with zeros to the keys' width; what they add to the output is cut off. Raises
+    UserError where torch's kernel that was asked for does not take the heads.
     """
 
     def __init__(
@@ -106,15 +107,23 @@ class CoreAttention(MegatronModule):
                 deterministic=torch.are_deterministic_algorithms_enabled(),
             )[..., :value_dim]
             return out_BSHv.transpose(0, 1).flatten(2)
-        with attention_kernels(query.device, masked=masked):
-            out_BHSv = F.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
-                attn_mask=attention_mask,
-                is_causal=not masked,
-                scale=self.softmax_scale,
-            )[..., :value_dim]
+        try:
+            with attention_kernels(query.device, masked=masked):
+                out_BHSv = F.scaled_dot_product_attention(
+                    query.permute(1, 2, 0, 3),
+                    key.permute(1, 2, 0, 3),
+                    value.permute(1, 2, 0, 3),
+                    attn_mask=attention_mask,
+                    is_causal=not masked,
+                    scale=self.softmax_scale,
+                )[..., :value_dim]
+        except RuntimeError as error:  # the same on all ranks, whose heads are alike
+            if "No available kernel" not in str(error):
+                raise
+            raise UserError(
+                f"device.attention: {choice} is a kernel of torch's that takes the model's heads on this device; got keys "
+                f"{key.shape[-1]} wide and values {value_dim} wide in {value.dtype}; use device.attention=auto"
+            ) from error
         return out_BHSv.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 

@@ -83,6 +83,7 @@ CUDA = [*PRETRAIN, "device=cuda", "precision=bf16"]
         (["device.attention=cuddn"], "device.attention: one of auto, cudnn, flash, math, flash_attn; got cuddn; use device.attention=auto"),
         (["device=cpu", "device.attention=math"], "device.attention: auto on a CPU, for which torch has one kernel; got math; use device.attention=auto"),
         (["device.attention=flash", "launch.processes=2", "parallel.context=2"], "device.attention: auto with parallel.context above 1, whose blocks have kernels of their own; got flash; use device.attention=auto"),
+        (["device.attention=cudnn", "device.deterministic=true"], "device.attention: any but cudnn with device.deterministic, whose gradients are summed in any order; got cudnn; use device.attention=auto, or device.deterministic=false"),
         (["device.attention=flash_attn", "precision=fp32"], "precision.dtype: bf16 with device.attention=flash_attn, whose kernel takes no other; got fp32; use precision.dtype=bf16, or device.attention=auto"),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from r1mega import device
 from r1mega.config.errors import UserError
@@ -86,6 +87,14 @@ def attend(core, query, key, value, mask=None) -> list[torch.Tensor]:
 
 
 @pytest.fixture
+def determinism():
+    """A test may turn it off; behind it it is as before."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
 def package(monkeypatch):
     """A package of its name, whose function takes one width and knows no mask; the calls it got."""
     calls = []
@@ -130,13 +139,32 @@ def test_a_package_that_is_missing_is_told_before_the_first_step(monkeypatch) ->
     )
 
 
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_kernel_that_does_not_take_the_heads_is_told(monkeypatch, where: str) -> None:
+    core = latent_attention(next(iter(MODELS))).core_attention
+    query, key, _, _ = heads(where, torch.bfloat16)
+    wide = torch.cat([key, key[..., :64]], dim=-1)  # flash kernels want one width, and values cannot be filled up to the keys'
+    monkeypatch.setattr(device, "_attention", "flash")
+    if where == "cpu":  # where nothing can be asked for
+        monkeypatch.setattr(module, "attention_kernels", lambda *_, **__: sdpa_kernel(SDPBackend.FLASH_ATTENTION))
+    with pytest.raises(UserError) as told:
+        core(query, key, wide)
+    assert str(told.value) == (
+        "device.attention: flash is a kernel of torch's that takes the model's heads on this device; got keys 192 wide and values "
+        "256 wide in torch.bfloat16; use device.attention=auto"
+    )
+    core(query, key, wide[..., :192])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("choice", ["cudnn", "flash", "math", "flash_attn"])
-def test_every_kernel_gives_the_same(monkeypatch, choice, masked) -> None:
+def test_every_kernel_gives_the_same(monkeypatch, determinism, choice, masked) -> None:
     if choice == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("no package flash-attn")
     core = latent_attention(next(iter(MODELS))).core_attention
+    if choice == "cudnn":  # torch refuses it where bits have to be the same each time, as on this mesh
+        torch.use_deterministic_algorithms(False)
     *given, mask = heads("cuda", torch.bfloat16)
     extra = [mask] if masked else []
     monkeypatch.setattr(device, "_attention", "math")
