@@ -9,7 +9,8 @@
 | ``weight.data.cuda()`` is ``weight.data.cpu()`` | "Torch not compiled with CUDA enabled" where embedding and head lie on two pipeline stages and share a weight (MTP, tied head) | ``language_module.py`` | as the first |
 | functions under ``jit_fuser`` are unwrapped | torch.compile of each small function at its first call (tens of seconds) | router, activations, fusions | Megatron reads a switch at call time |
 
-Versions: megatron-core 0.16.1, torch 2.11 to 2.13. On a CUDA device nothing is applied.
+Versions: megatron-core 0.16.1, torch 2.11 to 2.13. On a CUDA device nothing is applied; the bends are for good, so a process that has
+them computes on no CUDA device (``open_mesh`` refuses it).
 """
 
 from __future__ import annotations
@@ -153,6 +154,11 @@ def apply() -> int:
             _unwrap_compiled(module)
             bent += 1
     return bent
+
+
+def is_applied() -> bool:
+    """True where this process's Megatron is bent for a CPU."""
+    return _namespace is not None
 
 
 def _as_numpy(tensor, as_numpy: bool = False, record_stream: bool = False):

@@ -161,11 +161,19 @@ _open: Mesh | None = None
 def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, seed: int, stages_per_rank: int = 1) -> Mesh:
     """Join the process group (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; alone without them) and name its axes.
 
-    ``stages_per_rank``: model chunks a pipeline rank holds. Raises UserError when the degrees do not divide the world, or when
-    this process already holds a mesh of other degrees.
+    ``stages_per_rank``: model chunks a pipeline rank holds. Raises UserError when the degrees do not divide the world, when this
+    process already holds a mesh of other degrees, or for a GPU after a CPU.
     """
     global _open
-    from r1mega.compat import megatron_adam, megatron_balance, megatron_context, megatron_mtp, megatron_plain, megatron_tensor
+    from r1mega.compat import (
+        megatron_adam,
+        megatron_balance,
+        megatron_context,
+        megatron_cpu,
+        megatron_mtp,
+        megatron_plain,
+        megatron_tensor,
+    )
 
     megatron_plain.apply()
     megatron_adam.apply()
@@ -178,6 +186,11 @@ def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, se
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     _check_degrees(parallel, world)
     if _open is None:
+        if megatron_cpu.is_applied() and not device.is_cpu:
+            raise UserError(
+                f"device.kind: a process that has had a mesh on cpu stays there, Megatron-Core with it; got {device.kind}; "
+                "start a process of its own for it"
+            )
         if not dist.is_initialized():
             timeout = datetime.timedelta(seconds=launch.timeout_seconds)
             meeting = rendezvous.meet(launch)
@@ -194,8 +207,6 @@ def open_mesh(device: Device, parallel: ParallelConfig, launch: LaunchConfig, se
             create_gloo_process_groups=True,
         )
         if device.is_cpu:
-            from r1mega.compat import megatron_cpu
-
             megatron_cpu.apply()
         _open = Mesh(device, parallel, rank, world, _axes(), stages_per_rank)
     elif (_open.parallel, _open.device, _open.stages_per_rank) != (parallel, device, stages_per_rank):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from r1mega.config.errors import UserError
 from r1mega.config.run import DeviceConfig, LaunchConfig, ParallelConfig
-from r1mega.device import open_device
+from r1mega.device import Device, open_device
 from r1mega.mesh import Mesh, barrier, broadcast_object, close_mesh, open_mesh
 from r1mega.testing.ranks import run_ranks
 
@@ -57,6 +57,15 @@ def test_another_layout_in_the_same_process_is_refused(alone: Mesh) -> None:
         UserError, match=r"parallel: a process keeps one mesh; got ParallelConfig\(.*stages='EtL'.*\) with 1 stages a rank"
     ):
         open_mesh(alone.device, ParallelConfig(stages="EtL"), LaunchConfig(), 1)
+
+
+def test_a_gpu_after_a_cpu_is_refused(alone: Mesh) -> None:
+    """Megatron would make tables on the CPU for a model that lies on the GPU."""
+    close_mesh()
+    with pytest.raises(UserError, match="^device.kind: a process that has had a mesh on cpu stays there, .*; got cuda; start a"):
+        open_mesh(Device("cuda", torch.device("cuda", 0), "nccl"), ParallelConfig(), LaunchConfig(), 1)
+    assert not dist.is_initialized()
+    assert opened().device.is_cpu
 
 
 def test_without_a_mesh_nothing_is_shared() -> None:
