@@ -70,10 +70,15 @@ def noted(layer, monkeypatch) -> list[str]:
     return seen
 
 
-def once(layer, device: str) -> None:
+def inputs(device: str) -> list[torch.Tensor]:
+    """Tokens, and what comes back to them. They go to the device while they are made, which is a wait."""
     draw = torch.Generator().manual_seed(1)
     hidden, grad = (torch.randn(TOKENS, 1, 256, generator=draw).bfloat16().to(device) for _ in range(2))
-    output, _ = layer(hidden.requires_grad_())
+    return [hidden.requires_grad_(), grad]
+
+
+def once(layer, hidden: torch.Tensor, grad: torch.Tensor) -> None:
+    output, _ = layer(hidden)
     output.backward(grad)
 
 
@@ -81,20 +86,21 @@ def once(layer, device: str) -> None:
 def test_the_shared_experts_are_queued_before_the_only_wait(monkeypatch, products: str) -> None:
     layer = half_a_layer(monkeypatch, products, "cpu")
     seen = noted(layer, monkeypatch)
-    once(layer, "cpu")
+    once(layer, *inputs("cpu"))
     assert seen == PASS, "once, and nothing in the backward pass"
     assert float(layer.experts.weight1.main_grad.abs().sum()) > 0
 
 
 def waits_of(layer, device: str) -> int:
     """Waits through the one function in a pass during which torch raises for every other."""
+    given = inputs(device)
     for _ in range(2):
-        once(layer, device)  # compiles and allocates
+        once(layer, *given)  # compiles and allocates
     torch.cuda.synchronize()
     before = HostCopy.waits
     torch.cuda.set_sync_debug_mode("error")
     try:
-        once(layer, device)
+        once(layer, *given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return HostCopy.waits - before
