@@ -22,7 +22,7 @@ THERE = importlib.util.find_spec("transformer_engine") is not None
 def run_cases(where: str, *paths: str) -> None:
     """In a process of its own: Megatron decides at its import whether Transformer Engine is there, and keeps one mesh."""
     path = os.pathsep.join([*paths, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "engine_cases.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", str(HERE / "engine_cases.py")]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -31,7 +31,7 @@ def run_cases(where: str, *paths: str) -> None:
         text=True,
         timeout=900,
     )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-12000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-500:]
 
 
