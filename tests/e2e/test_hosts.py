@@ -166,6 +166,7 @@ def pair(hosts: Hosts, place: Path, out: Path, *overrides: str, steps: int = STE
     ]
 
 
+@pytest.mark.slow
 def test_two_hosts_train_as_one_machine(hosts: Hosts, place: Path, tmp_path: Path) -> None:
     """launch=torchrun on each of two hosts: the weights of two ranks on one machine, bit for bit, over the cable."""
     runs = pair(hosts, place, tmp_path / "two")

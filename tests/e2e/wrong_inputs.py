@@ -94,7 +94,7 @@ ROWS = [
     row(f"{PRETRAIN} model=tini", "model: no such choice; got 'tini'; did you mean tiny? use one of deepseek_v2_lite, deepseek_v3, deepseek_v3_slice, moonlight_16b, small, tiny"),
     row(f"{PRETRAIN} model=null", "model: a choice is a name; got 'model=null'; use one of deepseek_v2_lite, ..."),
     row(f"{PRETRAIN} device=gpu", "device: no such choice; got 'gpu'; did you mean cpu? use one of cpu, cuda"),
-    row(f"{PRETRAIN} precision=fp16", "precision: no such choice; got 'fp16'; did you mean bf16? use one of bf16, fp32, fp8"),
+    row(f"{PRETRAIN} precision=fp16", "precision: no such choice; got 'fp16'; did you mean bf16? use one of bf16, fp32, fp8, fp8_te"),
     row(f"{RL} reward=r2", "reward: no such choice; got 'r2'; did you mean r1? use one of r1, r1_language"),
     row(f"{RL} advantage=grop", "advantage: no such choice; got 'grop'; did you mean grpo? use one of ..."),
     row("rl --help advantage=grop", "advantage: no such choice; got 'grop'; did you mean grpo? use one of ..."),

@@ -176,7 +176,7 @@ def held_bytes(layer, hidden: torch.Tensor, kinds) -> int:
     return held
 
 
-@pytest.mark.parametrize("form", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("form", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "fp8"])
 @pytest.mark.parametrize("number, kind_of_layer", [(0, "dense"), (1, "sparse")])
 def test_the_bytes_that_are_not_kept_are_those_of_the_formula(form: str, number: int, kind_of_layer: str) -> None:
     one_rank()

@@ -37,14 +37,19 @@ ALL_EXPERTS = {"moe_ffn_size": 256, "num_experts": 4, "top_k": 4, "num_groups": 
 """No choice that rounding could turn; the shared expert is 256 wide, which two ranks halve."""
 
 
-def in_fp8(name: str, degrees: dict[str, int], tolerance: float = TOLERANCE, **model: Any) -> Case:
+def in_fp8(
+    name: str, degrees: dict[str, int], tolerance: float = TOLERANCE, expert_weight_gradients: str = "fp8", **model: Any
+) -> Case:
     """Two microbatches of 128 tokens, which share scales: the same tokens in the layout and in its reference."""
-    formats = PrecisionConfig("bf16", "fp8")
+    formats = PrecisionConfig("bf16", "fp8", expert_weight_gradients=expert_weight_gradients)
     return Case(name, degrees, micro_batch_size=4, steps=2, precision=formats, tolerance=tolerance, model=BLOCKS | model)
 
 
 FP8 = [
-    in_fp8("ep2_fp8", {"expert": 2}),  # nothing is cut: rows meet their experts in the same form, to fp32's tolerance
+    # Nothing is cut: rows meet their experts in the same form, to fp32's tolerance. But an expert's blocks of 128 rows are of the
+    # tokens of two ranks here and of one in the reference: FP8 weight gradients are another draw of its rounding, 0.03 of their norm.
+    in_fp8("ep2_fp8_rows", {"expert": 2}, expert_weight_gradients="bf16"),
+    in_fp8("ep2_fp8", {"expert": 2}, 0.01),
     in_fp8("pp2_fp8", {"pipeline": 2}),
     # Row-parallel layers add two halves that are rounded to bf16; what follows is near other edges of E4M3 and its rounding is
     # another draw: gradients (10 x the tolerance) differ by 0.15 of their norm in the median and by 0.19 at most, less than this
@@ -65,7 +70,6 @@ CASES: dict[int, list[Case]] = {
         Case("cp2", {"context": 2}),
         Case("ep2", {"expert": 2}),
         Case("ep2_allgather", {"expert": 2}, dispatcher=dispatch("allgather")),
-        *FP8,
     ],
     4: [
         Case("pp4", {"pipeline": 4}),
@@ -93,6 +97,7 @@ MORE: dict[int, list[Case]] = {
         Case("pp2_without_mtp", {"pipeline": 2}, model=NO_MTP),
         Case("etp2", {"expert_tensor": 2}),
         Case("cp2_without_query_rank", {"context": 2}, model={"q_lora_rank": None}),
+        *FP8,
     ],
     4: [
         Case("dp2_ep2", {"expert": 2}),

@@ -17,6 +17,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("strategies")
 
 
+@pytest.mark.slow
 def test_the_examples_pass_and_wrong_ones_are_rejected(folder: Path, monkeypatch) -> None:
     for name in ("custom_dispatcher", "custom_pipeline"):
         monkeypatch.syspath_prepend(str(EXAMPLES / name))

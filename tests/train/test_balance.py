@@ -157,12 +157,14 @@ def assert_bit_for_bit(left: Path, right: Path) -> None:
     assert placements(left, STEPS) == placements(right, STEPS)
 
 
+@pytest.mark.slow
 def test_experts_move_and_the_run_learns_the_same(runs) -> None:
     folder, seen = runs
     assert_moved(folder / "moved", seen, [(0, slice(None)), (1, slice(None))])
     assert_same_run(folder / "moved", folder / "none")
 
 
+@pytest.mark.slow
 def test_the_lines_have_balancedness_where_it_was_considered(runs) -> None:
     considered = {line["step"]: line for line in lines(runs[0] / "moved") if "balancedness_before" in line}
     assert tuple(considered) == MOVES
@@ -172,6 +174,7 @@ def test_the_lines_have_balancedness_where_it_was_considered(runs) -> None:
     assert not [line for line in lines(runs[0] / "none") if "balancedness_before" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["moved", "cut"])
 def test_the_load_is_that_of_all_steps_since_the_move(runs, name: str) -> None:
     out = runs[0] / name
@@ -186,16 +189,19 @@ def test_the_load_is_that_of_all_steps_since_the_move(runs, name: str) -> None:
             assert lines(out)[move - 1][key] == pytest.approx(sum(found) / len(found), abs=1e-5), f"{key} of step {move}"
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_behind_a_move_goes_on_bit_for_bit(runs) -> None:
     assert_bit_for_bit(runs[0] / "cut", runs[0] / "moved")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_experts_ranks(runs) -> None:
     out = runs[0] / "moved_then_data"
     assert_same_weights(out, runs[0] / "none", STEPS, TOLERANCE)
     assert json.loads((latest(out / "checkpoints") / "state.json").read_text())["extra"]["placements"] == {}
 
 
+@pytest.mark.slow
 def test_sft_moves_experts_too(runs) -> None:
     out = runs[0] / "sft_moved"
     assert placements(out, 2) != [PLAIN, PLAIN]

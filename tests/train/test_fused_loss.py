@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -23,12 +24,16 @@ WIDE = replace(MODEL, vocab_size=1200, vocab_padding=56)
 
 
 @pytest.fixture(autouse=True)
-def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(head, "PIECE_LOGITS", 1)
+    yield
+    close_mesh()
 
 
 def mesh(fused: bool):
+    """With the generators at the same place, so that fresh weights are the same."""
     close_mesh()
+    torch.manual_seed(7)
     return open_mesh(open_device(CPU), ParallelConfig(fused_loss=fused), LaunchConfig(), 1)
 
 

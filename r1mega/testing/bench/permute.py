@@ -203,5 +203,6 @@ def benches() -> Iterator[Bench]:
                     permute_quantize(tokens, row_map),
                     permute_quantize_columns(tokens, row_map),
                 ),
+                "torch": lambda tokens, row_map: (_torch_quantize(tokens, row_map), _torch_quantize_columns(tokens, row_map)),
             },
         )

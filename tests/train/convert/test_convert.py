@@ -203,7 +203,9 @@ def test_the_probe_sees_a_model_that_computes_otherwise(tmp_path: Path, monkeypa
     publish(tmp_path / "hf", V3)
     run(tmp_path / "hf", tmp_path / "native")
     right = trainee.transformer_config
-    monkeypatch.setattr(trainee, "transformer_config", lambda model, *rest: right(replace(model, routed_scaling_factor=1.0), *rest))
+    monkeypatch.setattr(
+        trainee, "transformer_config", lambda model, *rest, **more: right(replace(model, routed_scaling_factor=1.0), *rest, **more)
+    )
     with pytest.raises(UserError, match=r"target .*: logits of transformers' model within .*; got a difference of"):
         run(tmp_path / "hf", tmp_path / "native", verify=True, probe_bytes=1 << 30)
 
