@@ -1,4 +1,4 @@
-// Zeros for padding rows, by the blocks of a kernel that gives a block to a token: each looks at every gridDim-th row from blockIdx.
+// Zeros for padding rows, by the blocks of a kernel that gives a block to a token: each looks at every gridDim-th row from its own.
 
 #pragma once
 

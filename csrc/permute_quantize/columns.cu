@@ -1,5 +1,5 @@
-// permute_quantize_columns and permute_quantize_both on a GPU: the kernel of quantisation (csrc/quantize/kernel.cuh) over rows that are
-// gathered while they are read.
+// permute_quantize_columns and permute_quantize_both on a GPU: the kernel of quantisation (csrc/quantize/kernel.cuh) over rows that
+// are gathered while they are read.
 //
 // A row's number is read as often as its token has rows, mostly from the L2: blocks go down all rows of a stripe of columns before
 // they go on to the next stripe, and a stripe is as wide as lets its share of the tokens stay there.

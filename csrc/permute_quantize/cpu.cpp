@@ -1,5 +1,5 @@
-// permute_quantize and its relatives on a CPU: by rows, each token is quantised once and copied to its rows; by columns, tiles of 128
-// rows are gathered, each of which is quantised as any matrix.
+// permute_quantize and its relatives on a CPU: by rows, each token is quantised once and copied to its rows; by columns, tiles of
+// 128 rows are gathered, each of which is quantised as any matrix.
 
 #include "op.h"
 

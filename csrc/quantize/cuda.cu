@@ -1,5 +1,5 @@
-// Quantisation to block-scaled E4M3 on Hopper. Bit for bit the plain-torch reference of r1mega/ops/quantize.py. The kernel that all of
-// it has in common is in kernel.cuh.
+// Quantisation to block-scaled E4M3 on Hopper. Bit for bit the plain-torch reference of r1mega/ops/quantize.py. The kernel that all
+// of it has in common is in kernel.cuh.
 
 #include "kernel.cuh"
 

@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(kGroups* kSide / From::kColumns, 1024 / (kGrou
 #pragma unroll
   for (int i = 0; i < kRows; ++i) factor[i] = from.factor(row + i, column, row + i < stack.rows);
 
+  [[maybe_unused]] uint32_t of_rows = 0;  // what lane l gets of row l % 8
   if constexpr (kByRow == Scales::kOfRows) {
     uint32_t peak[kRows];
 #pragma unroll
@@ -116,7 +117,10 @@ __global__ void __launch_bounds__(kGroups* kSide / From::kColumns, 1024 / (kGrou
 #pragma unroll
       for (int p = 1; p < From::kPeaks; ++p) peak[i] = From::larger(peak[i], from.peak(chunk[i], p, 1.0f));
     }
-    const float scale = block_scale(row_peak<From, kLanes>(peak, lane), power_of_two);
+    of_rows = row_peak<From, kLanes>(peak, lane);
+  }
+  [[maybe_unused]] const auto by_rows = [&] {
+    const float scale = block_scale(of_rows, power_of_two);
     const float inverse = block_inverse(scale);
     const int64_t own = row + lane % kRows, padded = padded_rows(stack.rows);
     if (lane % kLanes < kRows && own < padded) out.scales[tile_column * padded + own] = own < stack.rows ? scale : 0.0f;
@@ -125,7 +129,7 @@ __global__ void __launch_bounds__(kGroups* kSide / From::kColumns, 1024 / (kGrou
       const float of_row = __shfl_sync(kAllLanes, inverse, lane / kRows * kRows + i);
       if (row + i < stack.rows) store_row(from, chunk[i], of_row, out, row + i, column);
     }
-  }
+  };
 
   if constexpr (kByRow == Scales::kOfTile || kTurned) {
     uint32_t peaks[From::kPeaks];
@@ -169,6 +173,7 @@ __global__ void __launch_bounds__(kGroups* kSide / From::kColumns, 1024 / (kGrou
 #pragma unroll
         for (int j = 0; j < From::kColumns; ++j) partial[warp][own + j] = From::at(peaks, j);
       }
+      if constexpr (kByRow == Scales::kOfRows) by_rows();  // here, where no register waits for the other warps' peaks
       __syncthreads();
       if (threadIdx.x < kSide) {
         uint32_t peak = partial[0][threadIdx.x];
@@ -213,6 +218,8 @@ __global__ void __launch_bounds__(kGroups* kSide / From::kColumns, 1024 / (kGrou
         store_turned<uint8_t>(turned, From::kColumns, matrix, first_row, first_column);
       }
     }
+  } else {
+    by_rows();
   }
 }
 

@@ -11,9 +11,9 @@ namespace r1mega {
 namespace {
 
 // Where numbers come from: a chunk is what a thread reads of a row, kColumns numbers, 0 where there are none; `read` fills those of
-// kRows rows, of which `left` are there, and has all their loads on the way before it waits for one. `peak` words hold magnitudes as bits, one or
-// two to a word, that `larger` compares; `alone` opens a word's largest, `at` the one of column j. `kStriped`: the source says which
-// tile a block has (`place`); otherwise tiles of a row are neighbours.
+// kRows rows, of which `left` are there, and has all their loads on the way before it waits for one. `peak` words hold magnitudes
+// as bits, one or two to a word, that `larger` compares; `alone` opens a word's largest, `at` the one of column j. `kStriped`: the
+// source says which tile a block has (`place`); otherwise tiles of a row are neighbours.
 template <typename T>
 struct Numbers {
   static constexpr int kColumns = kVector<T>, kPeaks = 4;

@@ -119,7 +119,8 @@ inline void quantize_tile_columns(Tile& tile, bool power_of_two, const Out& out)
 template <typename Work>
 void over_tiles(const Stack& stack, Work work) {
   const int64_t across = blocks_of(stack.columns), down = blocks_of(stack.rows);
-  at::parallel_for(0, stack.count * down * across, std::max<int64_t>(1, kNumberGrain / (kBlock * kBlock)), [&](int64_t first, int64_t last) {
+  constexpr int64_t kGrain = std::max<int64_t>(1, kNumberGrain / (kBlock * kBlock));
+  at::parallel_for(0, stack.count * down * across, kGrain, [&](int64_t first, int64_t last) {
     const auto tile = std::make_unique<Tile>();
     for (int64_t i = first; i < last; ++i) work(*tile, i / (down * across), i / across % down * kBlock, i % across * kBlock);
   });

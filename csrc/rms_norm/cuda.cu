@@ -39,9 +39,10 @@ struct Payload {
 };
 
 // Block (32 lanes, warps of a row, rows); more than one row only where a row is one warp, which meets no barrier. A warp has every
-// `warps`-th piece. `kQuantize`: `payload` instead of y.
+// `warps`-th piece. `kQuantize`: `payload` instead of y. A processor's rows in flight are what its registers hold: four of 28
+// pieces of bf16, where numbers stay in their words until they are used.
 template <typename X, typename W, typename A, int kPieces, bool kAligned, bool kQuantize>
-__global__ void __launch_bounds__(256) norm_kernel(
+__global__ void __launch_bounds__(256, kAligned && sizeof(X) == 2 && sizeof(W) == 2 && kPieces == 4 ? 4 : 1) norm_kernel(
     const X* __restrict__ x, int64_t stride, const W* __restrict__ weight, X* __restrict__ y, A* __restrict__ rstd, int64_t rows,
     int width, A eps, Payload payload) {
   __shared__ A piece_sum[kMostPieces];
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(256) norm_kernel(
   for (int n = 0; n < kPieces; ++n) {
     A square[kEight];
 #pragma unroll
-    for (int j = 0; j < kEight; ++j) square[j] = mul(widen(in[n][j]), widen(in[n][j]));
+    for (int j = 0; j < kEight; ++j) square[j] = mul(in[n].wide(j), in[n].wide(j));
     sum[n] = sum_of_eight(square);
   }
   A total = fold<kWarp>(sum, lane, [](A a, A b) { return add(a, b); });
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(256) norm_kernel(
     for (int n = 0; n < kPieces; ++n) {
       Eight<X> out;
 #pragma unroll
-      for (int j = 0; j < kEight; ++j) narrow(mul(mul(widen(in[n][j]), scale), static_cast<A>(widen(factor[n][j]))), out[j]);
+      for (int j = 0; j < kEight; ++j) narrow(mul(mul(in[n].wide(j), scale), static_cast<A>(factor[n].wide(j))), out[j]);
       out.write(y + row * width + width - left[n], left[n], kAligned);
     }
   } else {
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(256) norm_kernel(
     for (int n = 0; n < kPieces; ++n) {
 #pragma unroll
       for (int j = 0; j < kEight; ++j) {
-        value[n][j] = mul(mul(widen(in[n][j]), scale), static_cast<A>(widen(factor[n][j])));
+        value[n][j] = mul(mul(in[n].wide(j), scale), static_cast<A>(factor[n].wide(j)));
         peak[n] = max(peak[n], magnitude(value[n][j]));
       }
     }

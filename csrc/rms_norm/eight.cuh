@@ -37,6 +37,17 @@ struct Eight {
   __device__ T& operator[](int j) { return part[j / kVector<T>].value[j % kVector<T>]; }
   __device__ const T& operator[](int j) const { return part[j / kVector<T>].value[j % kVector<T>]; }
 
+  // number j as it is computed with; of bf16, from its word: one by one, each would take a register of its own from the start
+  __device__ auto wide(int j) const {
+    if constexpr (sizeof(T) == 2) {
+      uint32_t word;
+      memcpy(&word, reinterpret_cast<const char*>(part) + j / 2 * 4, 4);
+      return __uint_as_float(j % 2 ? word & 0xffff0000u : word << 16);
+    } else {
+      return widen((*this)[j]);
+    }
+  }
+
   __device__ void read(const T* from, int left, bool aligned) {
     if (aligned) {
 #pragma unroll

@@ -1,13 +1,14 @@
-// swiglu_backward_quantize_columns on Hopper: what swiglu_backward_quantize makes, but for the second use of its bf16 results, which are
-// never written: they are quantised by columns and transposed where they are made.
+// swiglu_backward_quantize_columns on Hopper: what swiglu_backward_quantize makes, but for the second use of its bf16 results,
+// which are never written: they are quantised by columns and transposed where they are made.
 //
 // A block has 128 rows of 128 columns of gate, of up and of the gradient. First a thread takes 8 neighbours of a row at a time: it
-// computes their gradients and activation, quantises the gradients by rows (16 lanes have a block of 128), and puts all three in bf16
-// into shared memory, 96 KB. Then a warp takes 8 columns of one of the three, all rows of them: a lane has 16 rows of two columns, so
-// that eight lanes find a column's scale among themselves and write its 128 bytes, 16 each. Units of 16 bytes of shared memory are
-// swizzled by the row's sixteen: both sides meet every bank once.
+// computes their gradients and activation, quantises the gradients by rows (16 lanes have a block of 128), and puts all three in
+// bf16 into shared memory, 96 KB. Then a warp takes 8 columns of one of the three, all rows of them: a lane has 16 rows of two
+// columns, so that eight lanes find a column's scale among themselves and write its 128 bytes, 16 each. Units of 16 bytes of shared
+// memory are swizzled by the row's sixteen: both sides meet every bank once.
 //
-// A probability's gradient is a sum over all columns: blocks leave their part of it in [F / 128, R], which a second kernel sums in order.
+// A probability's gradient is a sum over all columns: blocks leave their part of it in [F / 128, R], which a second kernel sums in
+// order.
 
 #include <torch/library.h>
 
