@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from r1mega.mesh import Mesh
 from r1mega.model.experts import GroupedExperts
 from r1mega.model.gradients import forget
+from r1mega.model.head import Head
 from r1mega.model.linear import ColumnLinear, RowLinear
 
 
@@ -46,13 +47,16 @@ class EmbeddingCopy:
 
 
 def summed_here(stages: Sequence[torch.nn.Module]) -> list[torch.nn.Parameter]:
-    """The weights all of whose gradients go through :mod:`r1mega.model.gradients`: no embedding's, not those of other packages."""
+    """The weights all of whose gradients go through :mod:`r1mega.model.gradients`.
+
+    Not an embedding's, not the head's, which RL's fused loss reads too, and not those of other packages.
+    """
     shared = {id(module.weight) for stage in stages for module in stage.modules() if isinstance(module, VocabParallelEmbedding)}
     found = {}
     for module in (module for stage in stages for module in stage.modules()):
         if type(module) is GroupedExperts:
             own = [module.weight1, module.weight2]
-        elif isinstance(module, ColumnLinear | RowLinear) and module.weight is not None:
+        elif isinstance(module, ColumnLinear | RowLinear) and not isinstance(module, Head) and module.weight is not None:
             own = [module.weight]
         else:
             continue
