@@ -3,8 +3,7 @@
 // Hopper's tensor cores keep about 14 bits of a sum of FP8 products (DeepSeek-V3, arXiv 2412.19437, 3.3.2), so a stage is one block of
 // 128 rows: its products are summed by wgmma, multiplied by both sides' scales and added to totals in registers. Two warpgroups
 // multiply, each 128 x 128 of a block's 256 x 128 numbers as two halves of 64 rows, one after the other: while one warpgroup takes its
-// sums over, the tensor cores work for the other. The first is most of a stage ahead, so that they do not do the same at the same time,
-// nor write to out together.
+// sums over, the tensor cores work for the other. (To make them take turns, by a first wait or by barriers, was measured: slower.)
 //
 // A cluster of two blocks takes the same 256 rows of left, of which each loads half and sends it to the other, and neighbouring columns.
 // A number of out is written once, and its sum takes the blocks of rows in their order, so the same input gives the same bits.
@@ -160,7 +159,6 @@ __global__ void R1MEGA_CLUSTER(kCluster) __launch_bounds__(kThreads, 1) quantize
     uint8_t* held = memory + kPiecesAt + part * kPiecesHeld * kPieceBytes;
     int stage = 0;
     uint32_t phase = 0;
-    bool begun = false;
     float sum[64], totals[kHalves][64], coming[2 * kHalves];
 
     Work work;
@@ -185,7 +183,6 @@ __global__ void R1MEGA_CLUSTER(kCluster) __launch_bounds__(kThreads, 1) quantize
 #pragma unroll
         for (int i = 0; i < 2 * kHalves; ++i) scales[i] = coming[i];
         if (block + 1 < work.last) left_scales.load(coming, work.tile.row + own, block + 1);
-        if (!begun && part == 1) sync_threads(1, 128 * kMultipliers);
         barrier_wait(&full[stage], phase);
         const uint8_t* at = memory + stage * kStageBytes;
         const uint64_t a = matrix(at + part * kHalves * 64 * kDepth), b = matrix(at + kLeftBytes);
@@ -203,10 +200,8 @@ __global__ void R1MEGA_CLUSTER(kCluster) __launch_bounds__(kThreads, 1) quantize
           wgmma_commit();
           wgmma_wait<0>();
           hold(sum);
-          if (!begun && part == 0 && half == kHalves - 1) arrive_threads(1, 128 * kMultipliers);
           take_over(totals[half], sum, scales[half * 2], scales[half * 2 + 1], early, columns);
         }
-        begun = true;
         if (lane < kCluster) barrier_arrive_at(&empty[stage], lane);
         if (++stage == kStages) stage = 0, phase ^= 1;
       }

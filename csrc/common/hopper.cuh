@@ -92,10 +92,6 @@ __device__ __forceinline__ void sync_threads(int barrier, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-__device__ __forceinline__ void arrive_threads(int barrier, int count) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
 // ---- the copy engine
 
 // A box of a matrix, from `column` and `row`, into this block's shared memory; what lies outside of the matrix is 0.

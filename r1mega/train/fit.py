@@ -57,8 +57,7 @@ class Source:
 def masked_sum(losses_BS: torch.Tensor, batch: TokenTensors) -> LossSum:
     """Sum of the learnt tokens' losses and their number."""
     total = (losses_BS.float() * batch.loss_mask_BS).sum()
-    count = int(batch.loss_mask_BS.sum())
-    return total, count, {"lm": float(total.detach())}
+    return total, batch.loss_mask_BS.sum(), {"lm": total.detach()}
 
 
 def tensors(batch: TokenBatch, size: int, mesh: Mesh, *, segments: bool) -> list[TokenTensors]:

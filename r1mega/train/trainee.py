@@ -34,8 +34,9 @@ from r1mega.train.stages import Stages
 
 Judge = Callable[[float, float], str]
 """(loss, gradient norm) to what is wrong with them, or ""; see :meth:`r1mega.train.health.Health.judge`."""
-LossSum = tuple[torch.Tensor, int, dict[str, float]]
-"""Sum of a microbatch's losses, how many items it is a sum of, statistics to be added up."""
+LossSum = tuple[torch.Tensor, int | torch.Tensor, dict[str, float | torch.Tensor]]
+"""Sum of a microbatch's losses, how many items it is a sum of, statistics to be added up: numbers, or scalars still on the device,
+which nobody waits for before the step's passes are queued."""
 
 
 @dataclass
@@ -233,18 +234,16 @@ class Trainee:
 
         def loss_of(output, batch):
             value, items, stats = loss(output, batch)
-            return value * share, (float(value.detach()), items, stats)
+            return value * share, (value.detach(), items, stats)
 
         te.start_step(self.stages)
         with kept_weights(), megatron_mtp.scaled(share):  # no weight changes between the microbatches of a step
             kept = self.executor.run(microbatches, forward_one, loss_of, forward_only=forward_only)
         names = self._stat_names(kept)
-        sums = [
-            sum(item[0] for item in kept),
-            sum(item[1] for item in kept),
-            *(sum(item[2][name] for item in kept) for name in names),
-        ]
-        sums = torch.tensor(sums, dtype=torch.float64, device=self.mesh.device.torch_device)
+        device = self.mesh.device.torch_device
+        sums = torch.zeros(2 + len(names), dtype=torch.float64, device=device)
+        for value, count, stats in kept:
+            sums += torch.stack([_wide(one, device) for one in (value, count, *(stats[name] for name in names))])
         values = self.mesh.sum(sums, "data", "context", "pipeline").tolist()
         if values[1] != items:
             raise ValueError(f"loss: expected as many items as the batches count, {items}, got {int(values[1])}")
@@ -301,6 +300,10 @@ class Trainee:
         aux = float(mesh.sum_everywhere(aux)) / (num_microbatches * mesh.data_size)
         total, count = mesh.sum(megatron_mtp.take(device), "data", "context", "pipeline").tolist()
         return aux, total / max(count, 1.0)
+
+
+def _wide(value: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    return value.detach().double() if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64, device=device)
 
 
 def default_pipeline(num_ranks: int) -> Pipeline:
