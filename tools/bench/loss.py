@@ -2,10 +2,10 @@
 
     python tools/bench/loss.py tokens=runs/prepare/text device=cuda model=small steps=300 precisions=bf16,fp8 out=runs/loss
 
-``tokens``: a token file of ``r1mega prepare``, without its suffix. Each precision trains in a process of its own. The difference
-is that of means over ``window`` steps, relative to the first precision's (DeepSeek-V3 3.3: below 0.25%); single steps are noise.
-Writes loss.json and loss.html, a page with both curves and their difference, into ``out``; prints one JSON line. Status 1: a
-difference behind the first window is above ``limit``.
+``tokens``: a token file of ``r1mega prepare``, without its suffix. Each precision trains in a process of its own; one that lies in
+``out`` with the same options is not trained again. The difference is that of means over ``window`` steps, relative to the first
+precision's (DeepSeek-V3 3.3: below 0.25%); single steps are noise. Writes loss.json and loss.html, a page with the curves and their
+difference, into ``out``; prints one JSON line. Status 1: a difference is above ``limit``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ DEFAULTS = {
     "device": "cpu", "model": "tiny", "steps": 300, "batch": 8, "micro": 8, "length": 1024, "lr": 4e-4, "seed": 1,
     "precisions": "bf16,fp8", "tokens": "runs/prepare/text", "out": "runs/loss", "window": 50, "limit": 0.0025,
 }  # fmt: skip
+
+RESULT_ALONE = ("precisions", "out", "window", "limit")
+"""Options that do not change what one precision learns."""
 
 
 def trained(options: dict, precision: str) -> list[float]:
@@ -91,13 +94,16 @@ def main(arguments: list[str]) -> int:
     losses = {}
     for name in names:
         own = out / f"{name}.json"
-        if len(names) > 1:
+        asked = {key: value for key, value in options.items() if key not in RESULT_ALONE}
+        kept = json.loads(own.read_text()) if own.is_file() else {}
+        if kept.get("options") != asked and len(names) > 1:
             alone = [f"{key}={value}" for key, value in (options | {"precisions": name}).items()]
             subprocess.run([sys.executable, __file__, *alone], check=True)
-            losses[name] = json.loads(own.read_text())
-        else:
-            own.write_text(json.dumps(trained(options, name)))
+            kept = json.loads(own.read_text())
+        if len(names) == 1:
+            own.write_text(json.dumps({"options": asked, "losses": trained(options, name)}))
             return 0
+        losses[name] = kept["losses"]
     plain = means(losses[names[0]], options["window"])
     differences = {}
     for name in names[1:]:
