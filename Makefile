@@ -39,7 +39,7 @@ quickstart: .venv
 	$(BIN)/r1mega recipe recipe=quickstart name=$(NAME) launch.processes=$(if $(device),1,$(PROCESSES)) $(CHOICES)
 
 test: .venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-full: .venv
 	$(BIN)/python -m pytest -q

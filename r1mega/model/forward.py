@@ -8,7 +8,7 @@ import torch
 
 from r1mega.model.build import without_mtp
 from r1mega.model.context import ALONE, ContextPart
-from r1mega.model.head import Hidden
+from r1mega.model.outputs import Hidden
 
 
 @dataclass(frozen=True)

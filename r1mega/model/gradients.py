@@ -69,12 +69,12 @@ def forget(weights: Iterable[torch.nn.Parameter]) -> None:
 def clear_forgotten(weights: Iterable[torch.nn.Parameter]) -> None:
     """A step's passes are over: the gradient of a weight that none of them used is 0."""
     for weight in weights:
-        if _is_old(weight):
+        if _take_mark(weight):
             weight.main_grad.zero_()
 
 
-def _is_old(weight: torch.nn.Parameter) -> bool:
-    """True where the numbers in ``main_grad`` do not count; they are to be overwritten now."""
+def _take_mark(weight: torch.nn.Parameter) -> bool:
+    """True where the numbers in ``main_grad`` do not count. The caller overwrites them now: the mark is gone with this."""
     was, weight.main_grad_is_old = getattr(weight, "main_grad_is_old", False), False
     return was
 
@@ -82,7 +82,7 @@ def _is_old(weight: torch.nn.Parameter) -> bool:
 def accumulate(weight: torch.nn.Parameter, grad: torch.Tensor) -> None:
     """Add ``grad`` to the weight's ``main_grad`` (Megatron's fp32 buffer) or, without one, to its ``grad``."""
     if hasattr(weight, "main_grad"):
-        if _is_old(weight):
+        if _take_mark(weight):
             weight.main_grad.copy_(grad)
         else:
             weight.main_grad.add_(grad)
@@ -105,7 +105,7 @@ def weight_gradient(weight: torch.nn.Parameter, compute: Callable[[], torch.Tens
 
     def put() -> None:
         if in_place:
-            add(main_grad, _is_old(weight))
+            add(main_grad, _take_mark(weight))
         else:
             accumulate(weight, compute())
 

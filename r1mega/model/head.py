@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,14 +22,6 @@ from r1mega.ops.cross_entropy import combine_log_sums, cross_entropy, cross_entr
 
 PIECE_LOGITS = 1 << 27
 """Logits that the fused loss holds at once, 256 MiB in bf16; of 512 words at least."""
-
-
-class Hidden(NamedTuple):
-    """What logits are made of: ``hidden_BSD``, ``weight_VD``, and how many of V are tokens."""
-
-    hidden_BSD: torch.Tensor
-    weight_VD: torch.Tensor
-    num_tokens: int
 
 
 class Head(ColumnLinear):
@@ -91,14 +82,17 @@ class _Losses(torch.autograd.Function):
         ctx.first = group.rank() * rows.shape[1]
         log_sum, target = _over_ranks(*cross_entropy(rows, labels, ctx.first), group)
         ctx.save_for_backward(logits_SBV, labels, log_sum)
+        ctx.used = False
         return (log_sum - target).view(labels_SB.shape)
 
     @staticmethod
     def backward(ctx, grad_SB):
+        if ctx.used:
+            raise RuntimeError("cross entropy: one backward pass, whose gradient lies where the logits were; got a second")
+        ctx.used = True
         logits_SBV, labels, log_sum = ctx.saved_tensors
         rows = logits_SBV.reshape(-1, logits_SBV.shape[-1])
         cross_entropy_backward_(rows, labels, log_sum, grad_SB.reshape(-1).to(log_sum.dtype), ctx.first)
-        torch.autograd.graph.increment_version(logits_SBV)  # who goes back a second time is told, by torch
         return rows.view(logits_SBV.shape), None, None
 
 

@@ -108,7 +108,10 @@ _pass: _Pass | None = None
 
 @contextlib.contextmanager
 def recomputing(kinds: Collection[str]) -> Iterator[None]:
-    """Around one forward pass: what belongs to ``kinds`` is not kept for the backward pass. Nothing changes without gradients."""
+    """Around one forward pass: what belongs to ``kinds`` is not kept for the backward pass. Nothing changes without gradients.
+
+    Autograd's check that a tensor is as it was when it was kept is off inside: what is saved here must not be written to.
+    """
     global _pass
     if not kinds or not torch.is_grad_enabled():
         yield

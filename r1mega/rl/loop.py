@@ -19,7 +19,7 @@ from r1mega.config.errors import Stopped, UserError
 from r1mega.config.rl import RlConfig
 from r1mega.data.problems import Problem, load_problems
 from r1mega.data.prompts import PromptStream
-from r1mega.model.head import Hidden
+from r1mega.model.outputs import Hidden
 from r1mega.rl.batch import RolloutBatch, RolloutRow, microbatches
 from r1mega.rl.loss import token_logprobs
 from r1mega.rl.metrics import mean_load, rollout_line

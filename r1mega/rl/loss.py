@@ -19,7 +19,7 @@ from r1mega.registry import register
 if TYPE_CHECKING:
     import torch
 
-    from r1mega.model.head import Hidden
+    from r1mega.model.outputs import Hidden
 
 
 @dataclass(frozen=True)
@@ -175,13 +175,14 @@ def token_logprobs(
     ``with_entropy=False``. Peak extra memory: from logits one block of 16 MiB, and in the backward the gradient; from hidden states
     see :func:`r1mega.ops.token_logprobs.token_logprobs`. Raises UserError for a temperature that is not above 0.
     """
+    from r1mega.model.outputs import Hidden
     from r1mega.ops.token_logprobs import token_logprobs as from_hidden
     from r1mega.rl.logprobs import TokenLogprobs
 
     if not temperature > 0:
         raise UserError(f"sampling.temperature: scoring divides by it, above 0; got {temperature}; score greedy responses at 1")
     targets_R = targets_BS.reshape(-1)
-    if isinstance(output, tuple):
+    if isinstance(output, Hidden):
         rows = output.hidden_BSD.reshape(-1, output.hidden_BSD.shape[-1])
         made = from_hidden(rows, output.weight_VD, targets_R, output.num_tokens, 1.0 / temperature)
         logprobs_R, entropy_R = made.logprobs_T, made.entropy_T.detach()

@@ -90,9 +90,11 @@ def use_moments(optimizer: Any, moment_dtype: torch.dtype) -> None:
             continue
         if type(inner) is not torch.optim.AdamW and moment_dtype == torch.float32:
             continue
-        if type(inner) is not torch.optim.AdamW or inner.state:
+        if type(inner) is not torch.optim.AdamW:
             raise UserError(
-                f"optim.moment_dtype: bf16 needs torch's AdamW inside Megatron's optimizer, before its first step; got "
-                f"{type(inner).__name__} with {len(inner.state)} states; use optim.moment_dtype=fp32"
+                "optim.moment_dtype: bf16 needs torch's AdamW inside Megatron's optimizer; got "
+                f"{type(inner).__module__}.{type(inner).__name__}; use optim.moment_dtype=fp32"
             )
+        if inner.state:
+            raise ValueError(f"use_moments: expected an optimizer before its first step, got one with {len(inner.state)} states")
         inner.__class__, inner.moment_dtype = AdamW, moment_dtype

@@ -15,7 +15,7 @@ from r1mega.train.convert.run import convert
 
 def export(config: ExportConfig) -> dict[str, Any]:
     """Write ``config.target``; returns target, number of tensors and parameters. The folder appears whole or not at all."""
-    if replace(config.parallel, recompute=[]) != ParallelConfig():
+    if replace(config.parallel, recompute=[], fused_loss=False) != ParallelConfig():
         raise UserError("parallel: export reads files, whatever layout wrote them; got other degrees than 1; use 1")
     asked = ConvertConfig(source=config.checkpoint, target=config.target, format="hf", dtype=config.dtype, convert=config.convert)
     return convert(replace(asked, shard_bytes=config.shard_bytes))

@@ -9,12 +9,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 
 from r1mega.mesh import Mesh
 from r1mega.model.experts import GroupedExperts
 from r1mega.model.gradients import forget
-from r1mega.model.head import Head
 from r1mega.model.linear import ColumnLinear, RowLinear
 
 
@@ -47,27 +45,22 @@ class EmbeddingCopy:
 
 
 def summed_here(stages: Sequence[torch.nn.Module]) -> list[torch.nn.Parameter]:
-    """The weights all of whose gradients go through :mod:`r1mega.model.gradients`.
+    """The weights all of whose gradients go through :mod:`r1mega.model.gradients`, after DDP has given them ``main_grad``.
 
-    Not an embedding's, not the head's, which RL's fused loss reads too, and not those of other packages.
+    By exact type: not the head's, which an embedding may share and RL's fused loss reads too, and not those of subclasses, whose
+    products may go elsewhere.
     """
-    shared = {id(module.weight) for stage in stages for module in stage.modules() if isinstance(module, VocabParallelEmbedding)}
-    found = {}
-    for module in (module for stage in stages for module in stage.modules()):
-        if type(module) is GroupedExperts:
-            own = [module.weight1, module.weight2]
-        elif isinstance(module, ColumnLinear | RowLinear) and not isinstance(module, Head) and module.weight is not None:
-            own = [module.weight]
-        else:
-            continue
-        found.update({id(weight): weight for weight in own if id(weight) not in shared and weight.requires_grad})
-    return list(found.values())
+    modules = [module for stage in stages for module in stage.modules()]
+    experts = [weight for one in modules if type(one) is GroupedExperts for weight in (one.weight1, one.weight2)]
+    linears = [one.weight for one in modules if type(one) in (ColumnLinear, RowLinear) and one.weight is not None]
+    return [weight for weight in (*experts, *linears) if weight.requires_grad and weight.main_grad.dtype == torch.float32]
 
 
 def begin(model: torch.nn.Module, ours: Sequence[torch.nn.Parameter]) -> None:
     """A step's gradients begin at 0. ``ours``: of :func:`summed_here`, whose first gradient overwrites what is there.
 
-    Megatron's ``zero_grad_buffer`` but for those; nobody ever writes to what lies between weights in a buffer, which is 0.
+    Megatron's ``zero_grad_buffer`` but for those; nobody ever writes to what lies between weights in a buffer, which is 0. Weights
+    of Transformer Engine's are zeroed, though it overwrites them: an expert without rows in the first microbatch is not.
     """
     forget(ours)
     overwritten = {id(weight) for weight in ours}

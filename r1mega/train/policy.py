@@ -21,7 +21,7 @@ from r1mega.mesh import Mesh
 from r1mega.model import names, published
 from r1mega.model.context import ContextPart
 from r1mega.model.forward import hidden, logits
-from r1mega.model.head import Hidden
+from r1mega.model.outputs import Hidden
 from r1mega.train import checkpoint
 from r1mega.train.checkpoint import TrainState
 from r1mega.train.saving import Saver

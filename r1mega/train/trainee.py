@@ -229,7 +229,7 @@ class Trainee:
         def forward_one(stage, batch):
             # the balance loss of a microbatch weighs by its rows: each sequence of the global batch the same (V3 2.1.2), however
             # many of its tokens are learnt
-            with megatron_balance.items(len(batch.tokens_BS) / rows), recomputing(self.mesh.parallel.recompute):
+            with megatron_balance.items(len(batch.tokens_BS) / rows if items else 0), recomputing(self.mesh.parallel.recompute):
                 return forward(stage, batch)
 
         def loss_of(output, batch):
@@ -246,7 +246,9 @@ class Trainee:
             sums += torch.stack([_wide(one, device) for one in (value, count, *(stats[name] for name in names))])
         values = self.mesh.sum(sums, "data", "context", "pipeline").tolist()
         if values[1] != items:
-            raise ValueError(f"loss: expected as many items as the batches count, {items}, got {int(values[1])}")
+            raise ValueError(
+                f"loss: expected as many items as the batches count, {items}, got {int(values[1])}; give a batch a num_learnt"
+            )
         return values[0], items, dict(zip(names, values[2:], strict=True))
 
     def _global_batch(self, microbatches: list[Any]) -> tuple[int, int]:

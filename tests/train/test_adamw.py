@@ -114,8 +114,13 @@ def test_a_checkpoint_of_fp32_moments_is_rounded_once(seed_run: Path) -> None:
 
 def test_another_optimizer_inside_is_refused() -> None:
     inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1e-3)
-    with pytest.raises(UserError, match="got SGD with 0 states; use optim.moment_dtype=fp32"):
+    with pytest.raises(UserError, match="got torch.optim.sgd.SGD; use optim.moment_dtype=fp32"):
         use_moments(SimpleNamespace(optimizer=inner), torch.bfloat16)
+    use_moments(SimpleNamespace(optimizer=inner), torch.float32)  # another package's, which stays
+    begun = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=1e-3)
+    begun.state["weight"] = {"step": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match="before its first step, got one with 1 states"):
+        use_moments(SimpleNamespace(optimizer=begun), torch.float32)
     use_moments(SimpleNamespace(optimizer=None), torch.bfloat16)  # a rank without weights
 
 

@@ -13,6 +13,7 @@ from r1mega.device import open_device
 from r1mega.mesh import close_mesh, open_mesh
 from r1mega.model import head
 from r1mega.model.forward import TokenTensors, token_losses
+from r1mega.model.outputs import Hidden
 from r1mega.rl.loss import token_logprobs
 from r1mega.train.fit import masked_sum
 from r1mega.train.policy import Policy
@@ -88,7 +89,7 @@ def test_reinforcement(temperature: float) -> None:
             return (logprobs * torch.linspace(-1, 1, LENGTH)).sum(), {"entropy": float(entropy.sum())}
 
         scores = policy.score(batches, lambda output, batch: token_logprobs(output, batch.targets_BS, temperature))
-        assert policy.score(batches, lambda output, batch: isinstance(output, head.Hidden)) == [fused] * 2
+        assert policy.score(batches, lambda output, batch: isinstance(output, Hidden)) == [fused] * 2
         result = policy.update(batches, objective, OPTIM.lr, lambda loss, norm: "")
         weights = {name: tensor.clone() for name, tensor in policy.trainee.named_tensors()}
         found[fused] = scores, result, weights

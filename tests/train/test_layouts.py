@@ -152,11 +152,13 @@ def first_three(runs: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])
 def test_two_ranks_learn_what_one_learns(runs: Path, first_three: Path, layout: str) -> None:
     assert_same(runs / layout, first_three, STEPS)
 
 
+@pytest.mark.slow
 def test_two_data_ranks_learn_what_one_learns(runs: Path) -> None:
     assert_same(runs / "straight", runs / "one", 6)
 
@@ -167,6 +169,7 @@ def test_two_ranks_learn_what_one_learns_in_other_layouts(more_runs: Path, first
     assert_same(more_runs / layout, first_three, STEPS)
 
 
+@pytest.mark.slow
 def test_packed_samples_are_learnt_alike(runs: Path) -> None:
     assert_same(runs / "sft_context", runs / "sft_straight", 4)
 
@@ -176,6 +179,7 @@ def test_packed_samples_are_learnt_alike_by_stages(more_runs: Path) -> None:
     assert_same(more_runs / "sft_pipeline", more_runs / "sft_straight", 4)
 
 
+@pytest.mark.slow
 def test_a_traced_pipeline_says_what_its_ranks_did(runs: Path) -> None:
     recorded = read_events(runs / "pipeline")
     assert recorded.step == STEPS
@@ -193,6 +197,7 @@ def assert_same_bits(left: Path, right: Path) -> None:
     assert [line["lm_loss"] for line in lines(left)] == [line["lm_loss"] for line in lines(right)]
 
 
+@pytest.mark.slow
 def test_two_ranks_that_are_cut_off_go_on_bit_for_bit(runs: Path) -> None:
     assert_same_bits(runs / "straight", runs / "cut")
 
@@ -202,10 +207,12 @@ def test_two_ranks_that_are_cut_off_in_an_sft_go_on_bit_for_bit(more_runs: Path)
     assert_same_bits(more_runs / "sft_straight", more_runs / "sft_cut")
 
 
+@pytest.mark.slow
 def test_one_ranks_checkpoint_goes_on_with_two(runs: Path) -> None:
     assert_same(runs / "from_one", runs / "one", STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["straight", "tensor"])
 def test_two_ranks_checkpoint_goes_on_with_one(runs: Path, train_data: Path, layout: str) -> None:
     out = runs / f"{layout}_then_one"
@@ -215,6 +222,7 @@ def test_two_ranks_checkpoint_goes_on_with_one(runs: Path, train_data: Path, lay
     assert_same(out, runs / "one", STEPS)
 
 
+@pytest.mark.slow
 def test_two_ranks_checkpoint_exports_like_one_ranks(runs: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
