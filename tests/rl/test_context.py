@@ -19,6 +19,8 @@ from r1mega.train import checkpoint
 from tests.rl.test_loop import Digits, config, place, same, weights  # noqa: F401  place is a fixture
 from tests.train.cases import MODEL, lines
 
+pytestmark = pytest.mark.slow  # starts two ranks with engines for half a minute
+
 TOLERANCE = 1e-5
 BALANCE_OFF = {"expert_bias_update_rate": 0.0, "seq_aux_loss_coef": 0.0}
 """As configs/rl.yaml: the balance would count the padding, of which context ranks want more."""

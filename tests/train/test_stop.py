@@ -46,7 +46,8 @@ def steps_made(out: Path) -> int:
     return len(path.read_text().splitlines()) if path.is_file() else 0
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(tmp_path: Path, processes: int) -> None:
     data, steps = write_data(tmp_path / "data"), 400
     command = overrides(data, tmp_path / "run", processes, steps)
