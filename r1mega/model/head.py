@@ -8,7 +8,7 @@ vocabulary at a time in either direction, and no tensor of ``[S, B, V]`` exists.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -121,29 +121,23 @@ class _FusedLosses(torch.autograd.Function):
         rows = _rows(hidden_SBD, ctx.gathers, group)
         grad_rows = torch.zeros(rows.shape, dtype=log_sum.dtype, device=rows.device)
 
-        def walk(*uses: Callable[[slice, torch.Tensor], None]) -> None:
+        def walk(total: torch.Tensor | None, overwrite: bool, *, to_hidden: bool) -> None:
+            """Adds the weight's gradient to ``total``, the hidden states' to ``grad_rows``, where they are wanted."""
             for piece in _pieces(rows, weight):
-                logits = rows.mm(weight[piece].t())
-                cross_entropy_backward_(logits, labels, log_sum, grad, ctx.first + piece.start)
-                for use in uses:
-                    use(piece, logits)
+                grads = rows.mm(weight[piece].t())
+                cross_entropy_backward_(grads, labels, log_sum, grad, ctx.first + piece.start)
+                if to_hidden:
+                    accumulate_product_(grad_rows, grads.t(), weight[piece])
+                if total is not None:
+                    accumulate_product_(total[piece], grads, rows, overwrite=overwrite)
 
-        def to_hidden(piece: slice, grads: torch.Tensor) -> None:
-            accumulate_product_(grad_rows, grads.t(), weight[piece])
-
-        def to_weight(total: torch.Tensor, overwrite: bool) -> Callable[[slice, torch.Tensor], None]:
-            return lambda piece, grads: accumulate_product_(total[piece], grads, rows, overwrite=overwrite)
+        apart = not ctx.needs_input_grad[1] or deferred() is not None  # else one walk makes both, now
+        if apart:
+            walk(None, False, to_hidden=True)
 
         def add(total: torch.Tensor, overwrite: bool) -> None:
-            walk(to_weight(total, overwrite))
+            walk(total, overwrite, to_hidden=not apart)
 
-        def add_both(total: torch.Tensor, overwrite: bool) -> None:
-            walk(to_hidden, to_weight(total, overwrite))
-
-        if not ctx.needs_input_grad[1] or deferred() is not None:
-            walk(to_hidden)
-        else:
-            add = add_both  # is called once, at once
         grad_weight = weight_gradient(parameter, as_tensor(weight, add), add) if ctx.needs_input_grad[1] else None
         grad_hidden = grad_rows.to(hidden_SBD.dtype)
         if ctx.gathers:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from r1mega.mesh import Mesh
 from r1mega.model.experts import GroupedExperts
-from r1mega.model.gradients import forget
+from r1mega.model.gradients import clear_forgotten, forget
 from r1mega.model.linear import ColumnLinear, RowLinear
 
 
@@ -73,11 +73,12 @@ def begin(model: torch.nn.Module, ours: Sequence[torch.nn.Parameter]) -> None:
         group.reset()
 
 
-def finalize(model: torch.nn.Module, mesh: Mesh, copy: EmbeddingCopy) -> None:
+def finalize(model: torch.nn.Module, mesh: Mesh, copy: EmbeddingCopy, ours: Sequence[torch.nn.Parameter]) -> None:
     """Sum over data and context (to the optimizer's shards), tensor ranks and the embedding's copies.
 
-    ``model``: Megatron's DDP over this rank's stages.
+    ``model``: Megatron's DDP over this rank's stages; ``ours``: what :func:`begin` was given, 0 where no pass used it.
     """
+    clear_forgotten(ours)
     copy.sum_gradients()  # first: behind the sums over data each rank's buffer is right in its own shard alone
     for group in (*model.bucket_groups, *model.expert_parallel_bucket_groups):
         if group.intra_distributed_optimizer_instance_size > 1:  # of one rank NCCL copies the whole buffer onto itself

@@ -63,7 +63,7 @@ class Policy:
     def score(self, batches: Sequence[HasTokens], read: Callable[[Any, Any], Any]) -> list[Any]:
         """``read(output, batch)`` for every microbatch, without gradients.
 
-        ``output``: logits ``[B, S, V]``, or, with ``parallel.fused_loss``, :class:`r1mega.model.head.Hidden`.
+        ``output``: logits ``[B, S, V]``, or, with ``parallel.fused_loss``, :class:`r1mega.model.outputs.Hidden`.
         """
         self.trainee.model.eval()
         with torch.no_grad():

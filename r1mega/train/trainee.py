@@ -23,7 +23,6 @@ from r1mega.model.build import build_stages, transformer_config
 from r1mega.model.fp8 import te
 from r1mega.model.fp8.use import use_products
 from r1mega.model.fp8.weights import kept_weights
-from r1mega.model.gradients import clear_forgotten
 from r1mega.model.recompute import recomputing
 from r1mega.train import gradients
 from r1mega.train.adamw import AdamW, use_moments
@@ -264,8 +263,7 @@ class Trainee:
 
     def _finalize(self) -> list[list[float]]:
         """Make the gradients ready and move the expert biases; the load of the model's decoder layers, all stages'."""
-        clear_forgotten(self._summed_here)
-        gradients.finalize(self.model, self.mesh, self.embedding_copy)
+        gradients.finalize(self.model, self.mesh, self.embedding_copy, self._summed_here)
         routers = self.routers()
         counts_LE = gradients.update_expert_biases(routers, self.mesh, self.config.moe_router_bias_update_rate)
         biased = [router for router in routers if router.enable_expert_bias]

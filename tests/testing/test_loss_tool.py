@@ -31,6 +31,13 @@ def test_another_key_is_refused(capsys) -> None:
     assert "loss: key=value of device" in capsys.readouterr().err
 
 
+def test_a_missing_token_file_is_one_line(tmp_path: Path, capfd) -> None:
+    given = [f"tokens={tmp_path / 'none'}", f"out={tmp_path}", "steps=2", "length=32", "precisions=fp32,bf16"]
+    assert tool.main(given) == 2
+    told = capfd.readouterr().err
+    assert "none.json: a token file is NAME.json" in told and "Traceback" not in told
+
+
 @pytest.mark.slow
 def test_two_precisions_are_trained_and_compared(tmp_path: Path, capsys) -> None:
     data, out = write_data(tmp_path), tmp_path / "out"

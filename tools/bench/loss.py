@@ -17,13 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from r1mega.config.errors import UserError
+
 DEFAULTS = {
     "device": "cpu", "model": "tiny", "steps": 300, "batch": 8, "micro": 8, "length": 1024, "lr": 4e-4, "seed": 1,
     "precisions": "bf16,fp8", "tokens": "runs/prepare/text", "out": "runs/loss", "window": 50, "limit": 0.0025,
 }  # fmt: skip
 
-RESULT_ALONE = ("precisions", "out", "window", "limit")
-"""Options that do not change what one precision learns."""
+COMPARISON = ("precisions", "out", "window", "limit")
+"""Options of the comparison, which do not change what one precision learns."""
 
 
 def trained(options: dict, precision: str) -> list[float]:
@@ -94,14 +96,20 @@ def main(arguments: list[str]) -> int:
     losses = {}
     for name in names:
         own = out / f"{name}.json"
-        asked = {key: value for key, value in options.items() if key not in RESULT_ALONE}
+        asked = {key: value for key, value in options.items() if key not in COMPARISON}
         kept = json.loads(own.read_text()) if own.is_file() else {}
         if kept.get("options") != asked and len(names) > 1:
             alone = [f"{key}={value}" for key, value in (options | {"precisions": name}).items()]
-            subprocess.run([sys.executable, __file__, *alone], check=True)
+            status = subprocess.run([sys.executable, __file__, *alone]).returncode
+            if status:
+                return status  # it has told why
             kept = json.loads(own.read_text())
         if len(names) == 1:
-            own.write_text(json.dumps({"options": asked, "losses": trained(options, name)}))
+            try:
+                own.write_text(json.dumps({"options": asked, "losses": trained(options, name)}))
+            except UserError as error:
+                print(error, file=sys.stderr)
+                return 2
             return 0
         losses[name] = kept["losses"]
     plain = means(losses[names[0]], options["window"])
