@@ -86,7 +86,7 @@ def test_logprobs_are_those_of_a_full_forward_pass(changes, temperature):
     assert len({tuple(c.token_ids) for c in completions}) == len(PROMPTS), "responses to one prompt differ"
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         torch.testing.assert_close(
-            torch.tensor(completion.logprobs), rescore(source, prompt, completion, temperature), atol=1e-5, rtol=0
+            torch.tensor(completion.logprobs), rescore(source, prompt, completion, temperature), atol=2e-5, rtol=0
         )
 
 

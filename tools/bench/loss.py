@@ -2,7 +2,8 @@
 
     python tools/bench/loss.py tokens=runs/prepare/text device=cuda model=small steps=300 precisions=bf16,fp8 out=runs/loss
 
-``tokens``: a token file of ``r1mega prepare``, without its suffix. Each precision trains in a process of its own; one that lies in
+``precisions``: the first is what the others are compared with; what shall be otherwise in one of them follows behind plus signs, as in
+``bf16,fp8,fp8+precision.expert_weight_gradients=bf16``. ``tokens``: a token file of ``r1mega prepare``, without its suffix. Each precision trains in a process of its own; one that lies in
 ``out`` with the same options is not trained again. The difference is that of means over ``window`` steps, relative to the first
 precision's (DeepSeek-V3 3.3: below 0.25%); single steps are noise. Writes loss.json and loss.html, a page with the curves and their
 difference, into ``out``; prints one JSON line. Status 1: a difference is above ``limit``.
@@ -43,8 +44,9 @@ def trained(options: dict, precision: str) -> list[float]:
     from r1mega.train.trainee import Trainee
 
     megatron_jit.apply()
+    precision, *changes = precision.split("+")
     chosen = [f"{key}={options[key]}" for key in ("device", "model")]
-    config = compose("bench", ["bench=step", f"precision={precision}", f"sequence_length={options['length']}", *chosen])
+    config = compose("bench", ["bench=step", f"precision={precision}", f"sequence_length={options['length']}", *chosen, *changes])
     mesh = open_mesh(open_device(config.device), ParallelConfig(), LaunchConfig(), options["seed"])
     optim = OptimConfig(lr=options["lr"], min_lr=options["lr"] / 10, warmup_steps=options["steps"] // 10)
     trainee = Trainee(config.model, optim, mesh, config.precision)

@@ -1,15 +1,16 @@
 """The engine in this process at work: load weights, then decode batches of rows until each has ended; in and out: token ids.
 
 Prefills each distinct prompt once and shares its cache among its responses; removes finished rows from the batch, so that the tail
-is cheap. Which token is drawn depends on the seed, the row's place in the call and its probabilities alone; batching matters only
-as far as it changes the last bits of a probability.
+is cheap. Which token is drawn depends on a row's seed and its probabilities alone; batching matters only as far as it changes the
+last bits of a probability.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 from r1mega.config.errors import UserError
 from r1mega.config.run import SamplingConfig
 from r1mega.rl.engine import weights
-from r1mega.rl.engine.contract import EngineRuntime
+from r1mega.rl.engine.batcher import Batcher
+from r1mega.rl.engine.contract import EngineRuntime, Request
 from r1mega.rl.engine.local import LocalEngine
 from r1mega.rl.engine.mla import LatentCache, prefill, step
 from r1mega.rl.types import Completion
@@ -33,6 +35,8 @@ SHRINK_SHARE = 0.1
 
 class InProcessEngine:
     """See :class:`r1mega.rl.engine.contract.Engine`; ``model`` is transformers' ``DeepseekV3ForCausalLM``."""
+
+    pushes = "memory"
 
     def __init__(self, choice: LocalEngine, runtime: EngineRuntime):
         if runtime.hf_config.get("model_type", "deepseek_v3") != "deepseek_v3":
@@ -51,6 +55,29 @@ class InProcessEngine:
             ):  # fp32 in every format, as transformers itself has it after loading files
                 module.e_score_correction_bias = module.e_score_correction_bias.float()
         self.model.to(self.device).eval().requires_grad_(False)
+        batcher = Batcher(self._complete)
+        self.complete, self.pause, self.resume = batcher.complete, batcher.pause, batcher.resume
+
+    def sleep(self) -> None:
+        """Nothing: its memory is the trainer's process's."""
+
+    def wake(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing is left behind."""
+
+    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """One batch of requests, those with the same sampling together."""
+        done: list[Completion | None] = [None] * len(requests)
+        by_sampling: dict[tuple, list[int]] = {}
+        for place, request in enumerate(requests):
+            by_sampling.setdefault(dataclasses.astuple(request.sampling), []).append(place)
+        for places in by_sampling.values():
+            prompts, seeds = [requests[place].prompt for place in places], [requests[place].seed for place in places]
+            for place, completion in zip(places, self.generate(prompts, requests[places[0]].sampling, seeds), strict=True):
+                done[place] = completion
+        return done
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Copy all weights by Hugging Face name; see :func:`r1mega.rl.engine.weights.load`. After a failure ``version`` is -1."""
@@ -58,8 +85,10 @@ class InProcessEngine:
         weights.load(self.model, named_tensors)
         self.version = version
 
-    def generate(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int) -> list[Completion]:
+    def generate(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int | Sequence[int]) -> list[Completion]:
         """One response to each prompt, in order; at temperature 0 the likeliest token, with log-probability 0.
+
+        ``seed``: one a prompt; of a single number, row r of the call draws what the pair (number, r) says.
 
         Raises UserError before the first complete load, for an empty prompt, and where prompt and response exceed
         max_position_embeddings; RuntimeError when the weights give logits that are not finite.
@@ -70,6 +99,7 @@ class InProcessEngine:
             )
         if not prompts:
             return []
+        seeds = [f"{seed}/{row}" for row in range(len(prompts))] if isinstance(seed, int) else list(map(str, seed))
         lengths, context = [len(prompt) for prompt in prompts], self.model.config.max_position_embeddings
         if 0 in lengths:
             raise UserError(f"engine.prompts: at least one token; got an empty prompt at {lengths.index(0)}; add bos")
@@ -84,7 +114,7 @@ class InProcessEngine:
         batches = [by_length[start : start + size] for start in range(0, len(prompts), size)]
         completions: list[Completion | None] = [None] * len(prompts)
         with _threads(side) as run:
-            for rows, done in zip(batches, run(lambda rows: self._decode(prompts, rows, sampling, seed), batches), strict=True):
+            for rows, done in zip(batches, run(lambda rows: self._decode(prompts, rows, sampling, seeds), batches), strict=True):
                 for row, completion in zip(rows, done, strict=True):
                     completions[row] = completion
         return completions
@@ -97,12 +127,11 @@ class InProcessEngine:
         return max(1, min(torch.get_num_threads(), num_rows // SMALLEST_SHARE, self.choice.max_batch))
 
     @torch.inference_mode()
-    def _decode(self, prompts: list[list[int]], rows: list[int], sampling: SamplingConfig, seed: int) -> list[Completion]:
+    def _decode(self, prompts: list[list[int]], rows: list[int], sampling: SamplingConfig, seeds: list[str]) -> list[Completion]:
         limit = sampling.max_new_tokens
         logits_BV, cache = self._prefill([prompts[row] for row in rows], limit)
         positions = torch.arange(cache.largest, device=self.device)[None]
         cos, sin = self.model.model.rotary_emb(torch.empty(0, dtype=self.dtype, device=self.device), positions)
-        place_B = torch.tensor(rows, device=self.device)
         live_B = torch.arange(len(rows), device=self.device)
         tokens = torch.zeros(len(rows), limit, dtype=torch.int64, device=self.device)
         logprobs = torch.zeros(len(rows), limit, dtype=torch.float32, device=self.device)
@@ -110,8 +139,8 @@ class InProcessEngine:
         ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         for now in range(limit):
             if now % DRAWN_STEPS == 0:
-                uniform = _uniform(seed, now // DRAWN_STEPS, len(prompts)).to(self.device)
-            drawn_B, logprob_B = draw(logits_BV, uniform[place_B[live_B], now % DRAWN_STEPS], sampling.temperature)
+                uniform = _uniform([seeds[row] for row in rows], now // DRAWN_STEPS).to(self.device)
+            drawn_B, logprob_B = draw(logits_BV, uniform[live_B, now % DRAWN_STEPS], sampling.temperature)
             tokens[live_B, now], logprobs[live_B, now] = drawn_B, logprob_B
             stopped_B = (drawn_B == self.runtime.eos_id) & ~ended[live_B]
             length_B[live_B[stopped_B]] = now + 1
@@ -186,9 +215,11 @@ def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float) -
     return drawn_B1[:, 0], probs_BV.gather(1, drawn_B1)[:, 0].log()
 
 
-def _uniform(seed: int, block: int, num_rows: int) -> torch.Tensor:
-    """fp64 [rows of the call, DRAWN_STEPS] in [0, 1), a function of its arguments alone."""
-    # torch's CPU generator takes 32 bits of a seed: hash, so that neighbouring seeds and blocks share nothing.
-    digest = hashlib.blake2b(f"{seed}/{block}".encode(), digest_size=4).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    return torch.rand(num_rows, DRAWN_STEPS, dtype=torch.float64, generator=generator)
+def _uniform(seeds: list[str], block: int) -> torch.Tensor:
+    """fp64 [rows, DRAWN_STEPS] in [0, 1): a row is a function of its seed and the block alone."""
+    generator, rows = torch.Generator(), torch.empty(len(seeds), DRAWN_STEPS, dtype=torch.float64)
+    for row, seed in enumerate(seeds):
+        # torch's CPU generator takes 32 bits of a seed: hash, so that neighbouring seeds and blocks share nothing.
+        digest = hashlib.blake2b(f"{seed}/{block}".encode(), digest_size=4).digest()
+        torch.rand(DRAWN_STEPS, dtype=torch.float64, generator=generator.manual_seed(int.from_bytes(digest, "little")), out=rows[row])
+    return rows

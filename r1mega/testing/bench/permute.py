@@ -81,7 +81,7 @@ def _torch_unpermute_backward(given: _Rows, grad):
 
 
 def _torch_quantize(tokens, row_map):
-    return quantize_rows_reference(tokens.index_select(0, row_map.row_tokens_R), False)
+    return quantize_rows_reference(tokens.index_select(0, row_map.row_tokens_R.clamp(min=0)), False)
 
 
 def _torch_quantize_columns(tokens, row_map):
