@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; nothing is added, but special tokens written out in it are recognised."""
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of ``text`` in which special tokens that are written out are text like any other."""
+        special = sorted((token.content for token in self.backend.get_added_tokens_decoder().values()), key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
+        ids: list[int] = []
+        for place, piece in enumerate(pieces):
+            for part in (piece[:1], piece[1:]) if place % 2 else (piece,):
+                ids += self.encode(part)
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, encoded by several threads (``RAYON_NUM_THREADS``), in order."""

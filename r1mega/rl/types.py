@@ -47,7 +47,7 @@ class Sample:
     ``item``: the number of its question in the run's endless stream; ``member``: its place in the group. ``prompt``: token ids.
     ``completion``: the whole episode after the prompt. ``own``: a bool a token, false where an environment put it (such a token has
     log-probability 0 and is not trained); None: the policy drew every one. ``records``: what the rewards said; ``reward``: their
-    weighted sum and the environment's. ``began``, ``generated``, ``judged``: seconds since the epoch.
+    weighted sum and the environment's. ``began``, ``generated``, ``judged``: seconds since the epoch. ``id``: the ledger's.
     """
 
     item: int
@@ -64,6 +64,7 @@ class Sample:
     began: float = 0.0
     generated: float = 0.0
     judged: float = 0.0
+    id: str = ""
 
     @property
     def versions(self) -> tuple[int, ...]:

@@ -48,3 +48,13 @@ def test_two_precisions_are_trained_and_compared(tmp_path: Path, capsys) -> None
     assert 0 < told["worst_difference"]["bf16"] < 0.05 and len(kept["losses"]["fp32"]) == 6
     assert (out / "loss.html").is_file()
     assert tool.main([*common, "precisions=fp32,bf16", "limit=1e-9"]) == 1
+
+
+@pytest.mark.slow
+def test_all_begin_from_the_same_warm_weights(tmp_path: Path, capsys) -> None:
+    data, out = write_data(tmp_path), tmp_path / "out"
+    common = [f"tokens={data / 'text'}", "steps=3", "window=1", "length=32", "batch=2", "micro=2", "limit=1"]
+    assert tool.main([*common, f"out={out}", "warm=3", "precisions=fp32,fp32+seed=7,bf16"]) == 0
+    kept = json.loads((out / "loss.json").read_text())["losses"]
+    assert kept["fp32"] == kept["fp32+seed=7"] and kept["fp32"] != kept["bf16"]
+    assert abs(kept["bf16"][0] - kept["fp32"][0]) < 0.05 * kept["fp32"][0]

@@ -2,16 +2,20 @@
 
     python tools/bench/loss.py tokens=runs/prepare/text device=cuda model=small steps=300 precisions=bf16,fp8 out=runs/loss
 
-``precisions``: the first is what the others are compared with; what shall be otherwise in one of them follows behind plus signs, as in
-``bf16,fp8,fp8+precision.expert_weight_gradients=bf16``. ``tokens``: a token file of ``r1mega prepare``, without its suffix. Each precision trains in a process of its own; one that lies in
-``out`` with the same options is not trained again. The difference is that of means over ``window`` steps, relative to the first
-precision's (DeepSeek-V3 3.3: below 0.25%); single steps are noise. Writes loss.json and loss.html, a page with the curves and their
-difference, into ``out``; prints one JSON line. Status 1: a difference is above ``limit``.
+``precisions``: the first is what the others are compared with; what shall be otherwise in one of them follows behind plus signs,
+as in ``bf16,fp8,fp8+precision.expert_weight_gradients=bf16``. ``warm``: steps in the first precision before; all begin from its
+weights and moments after them. The first hundreds of steps from random weights leave a plateau at a time that the last bit
+decides: two roundings of one precision lie further apart there than two precisions later. ``tokens``: a token file of ``r1mega
+prepare``, without its suffix. Each precision trains in a process of its own; one that lies in ``out`` with the same options is
+not trained again. The difference is that of means over ``window`` steps, relative to the first precision's (DeepSeek-V3 3.3:
+below 0.25%); single steps are noise. Writes loss.json and loss.html, a page with the curves and their difference, into ``out``;
+prints one JSON line. Status 1: a difference is above ``limit``.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,16 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from r1mega.config.errors import UserError
 
 DEFAULTS = {
-    "device": "cpu", "model": "tiny", "steps": 300, "batch": 8, "micro": 8, "length": 1024, "lr": 4e-4, "seed": 1,
+    "device": "cpu", "model": "tiny", "steps": 300, "batch": 8, "micro": 8, "length": 1024, "lr": 4e-4, "seed": 1, "warm": 0,
     "precisions": "bf16,fp8", "tokens": "runs/prepare/text", "out": "runs/loss", "window": 50, "limit": 0.0025,
 }  # fmt: skip
 
 COMPARISON = ("precisions", "out", "window", "limit")
 """Options of the comparison, which do not change what one precision learns."""
+WARM = "warm"
+"""The folder in ``out`` of the checkpoint after the warm steps; behind a plus sign, the job that makes it."""
 
 
 def trained(options: dict, precision: str) -> list[float]:
-    """The loss of each step."""
+    """The loss of each step after the warm ones; these are made, and kept in ``out``, where :data:`WARM` is asked for."""
     from r1mega.compat import megatron_jit
     from r1mega.config.compose import compose
     from r1mega.config.run import LaunchConfig, ParallelConfig
@@ -39,23 +45,35 @@ def trained(options: dict, precision: str) -> list[float]:
     from r1mega.device import open_device
     from r1mega.mesh import close_mesh, open_mesh
     from r1mega.model.forward import token_losses
+    from r1mega.train import checkpoint
+    from r1mega.train.checkpoint import TrainState
     from r1mega.train.fit import masked_sum, tensors
     from r1mega.train.schedule import learning_rate
     from r1mega.train.trainee import Trainee
 
     megatron_jit.apply()
     precision, *changes = precision.split("+")
+    is_warming = WARM in changes
+    changes = [change for change in changes if change != WARM]
     chosen = [f"{key}={options[key]}" for key in ("device", "model")]
     config = compose("bench", ["bench=step", f"precision={precision}", f"sequence_length={options['length']}", *chosen, *changes])
     mesh = open_mesh(open_device(config.device), ParallelConfig(), LaunchConfig(), options["seed"])
-    optim = OptimConfig(lr=options["lr"], min_lr=options["lr"] / 10, warmup_steps=options["steps"] // 10)
+    optim = OptimConfig(lr=options["lr"], min_lr=options["lr"] / 10, warmup_steps=(options["warm"] or options["steps"]) // 10)
     trainee = Trainee(config.model, optim, mesh, config.precision)
     loader = PretrainLoader({options["tokens"]: 1.0}, options["length"], options["batch"], options["seed"])
+    place, last = Path(options["out"]) / WARM, options["warm"] + options["steps"]
     found = []
-    for step in range(options["steps"]):
+    for step in range(options["warm"] if is_warming else last):
         parts = tensors(loader.next(), options["micro"], mesh, segments=False)
-        rate = learning_rate(optim, step, options["steps"])
+        if step < options["warm"] and not is_warming:
+            continue
+        if step == options["warm"] > 0:
+            checkpoint.load(trainee, place)
+        rate = learning_rate(optim, step, last)
         found.append(trainee.step(parts, token_losses, masked_sum, rate, lambda loss, norm: "").loss)
+    if is_warming:
+        shutil.rmtree(place, ignore_errors=True)
+        checkpoint.save(trainee, TrainState(step=step + 1), place, keep_last=1, tokenizer=None, parent=None, command="bench")
     close_mesh()
     return found
 
@@ -96,7 +114,8 @@ def main(arguments: list[str]) -> int:
     names, out = options["precisions"].split(","), Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
     losses = {}
-    for name in names:
+    warming = [f"{names[0]}+{WARM}"] if options["warm"] and len(names) > 1 else []
+    for name in [*warming, *names]:
         own = out / f"{name}.json"
         asked = {key: value for key, value in options.items() if key not in COMPARISON}
         kept = json.loads(own.read_text()) if own.is_file() else {}

@@ -1,34 +1,32 @@
-"""An engine that works in batches, asked one request at a time: requests that arrive together are one batch. In one event loop.
+"""What works in batches, asked one item at a time: items that arrive together are one batch. In one event loop.
 
 A batch begins when every coroutine that can run has run, so that all responses of a rollout, and later all turns that wait, decode
-side by side; what arrives meanwhile is the next batch. Between batches the engine can be paused.
+side by side; what arrives meanwhile is the next batch. Between batches the work can be paused.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-
-from r1mega.rl.engine.contract import Request
-from r1mega.rl.types import Completion
+from typing import Any
 
 IDLE_TURNS = 3
-"""Turns of the event loop without a new request after which a batch begins."""
+"""Turns of the event loop without a new item after which a batch begins."""
 
 
 class Batcher:
-    """``work(requests) -> completions`` runs in a thread, one call at a time."""
+    """``work(items) -> results``, one an item in order, runs in a thread, one call at a time."""
 
-    def __init__(self, work: Callable[[Sequence[Request]], list[Completion]]):
+    def __init__(self, work: Callable[[Sequence[Any]], list[Any]]):
         self._work = work
-        self._waiting: list[tuple[Request, asyncio.Future]] = []
+        self._waiting: list[tuple[Any, asyncio.Future]] = []
         self._runner: asyncio.Task | None = None
         self._paused = False
 
-    async def complete(self, request: Request) -> Completion:
-        """The response, when its batch is done."""
+    async def ask(self, item: Any) -> Any:
+        """The item's result, when its batch is done. A failure of the batch is everyone's in it."""
         future = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, future))
+        self._waiting.append((item, future))
         self._begin()
         return await future
 
@@ -61,12 +59,12 @@ class Batcher:
             seen = len(self._waiting)
         batch, self._waiting = [entry for entry in self._waiting if not entry[1].done()], []
         try:
-            done = await asyncio.to_thread(self._work, [request for request, _ in batch]) if batch else []
+            done = await asyncio.to_thread(self._work, [item for item, _ in batch]) if batch else []
         except Exception as error:  # noqa: BLE001 - whoever asked gets it
             for _, future in batch:
                 if not future.done():
                     future.set_exception(error)
             return
-        for (_, future), completion in zip(batch, done, strict=True):
+        for (_, future), result in zip(batch, done, strict=True):
             if not future.done():
-                future.set_result(completion)
+                future.set_result(result)

@@ -56,7 +56,7 @@ class InProcessEngine:
                 module.e_score_correction_bias = module.e_score_correction_bias.float()
         self.model.to(self.device).eval().requires_grad_(False)
         batcher = Batcher(self._complete)
-        self.complete, self.pause, self.resume = batcher.complete, batcher.pause, batcher.resume
+        self.complete, self.pause, self.resume = batcher.ask, batcher.pause, batcher.resume
 
     def sleep(self) -> None:
         """Nothing: its memory is the trainer's process's."""

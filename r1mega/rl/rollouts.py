@@ -1,0 +1,330 @@
+"""Where samples come from: questions become groups of judged responses, in a thread of their own beside the training.
+
+One rank's part: its share of the questions, through the engine, an environment and the judges, into the ledger. How far it may run
+ahead is bounded: while the trainer makes rollout n, at most the groups of rollouts n to n + ``lag`` are in the making, so that a
+response is begun from weights at most ``lag`` pushes old. Pushes interrupt: what runs keeps its tokens and goes on under the new
+weights. A sample that the ledger has from before a crash is not made again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import math
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from r1mega.config.errors import UserError
+from r1mega.config.run import SamplingConfig
+from r1mega.data.prompts import PromptStream
+from r1mega.data.tokenizer import Tokenizer
+from r1mega.rl.engine.batcher import Batcher
+from r1mega.rl.engine.contract import Engine, Request, first_of
+from r1mega.rl.environment import Environment
+from r1mega.rl.ledger import Frame, Ledger
+from r1mega.rl.reward.runner import RewardRunner
+from r1mega.rl.types import Completion, RewardRecord, Sample, Span
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many: ``share`` groups of ``group_size`` responses a rollout on this rank; ``lag`` rollouts ahead; ``oversample`` times as
+    many groups begun as are wanted, of which the first to end are taken and the others go on into the next rollout (1: none, and
+    groups are taken in the order of the questions). ``keeps``: does a judged group count (dynamic sampling)? ``patience``: groups
+    dropped for one that is kept, at most."""
+
+    share: int
+    group_size: int
+    sampling: SamplingConfig
+    seed: int
+    lag: int = 0
+    oversample: float = 1.0
+    keeps: Callable[[list[Sample]], bool] = lambda group: True
+    patience: int = 20
+
+
+@dataclass
+class Taken:
+    """What a rollout gets: groups to train on, groups that were judged and dropped, seconds that the trainer waited."""
+
+    groups: list[list[Sample]] = field(default_factory=list)
+    dropped: list[list[Sample]] = field(default_factory=list)
+    waited_seconds: float = 0.0
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples to train on, group by group."""
+        return [sample for group in self.groups for sample in group]
+
+
+class Rollouts:
+    """``known``: (item, member) to the ledger's sample, for what an earlier start of the run has made; ``score``: weights and records
+    to a reward, see :class:`Judge`. Its thread ends with :meth:`close`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        engine: Engine,
+        environment: Environment,
+        tokenizer: Tokenizer,
+        judge: Judge,
+        stream: PromptStream,
+        ledger: Ledger,
+        encode: Callable[[str], list[int]],
+        known: Mapping[tuple[int, int], Frame] | None = None,
+    ):
+        self.plan, self.engine, self.environment, self.tokenizer = plan, engine, environment, tokenizer
+        self.stream, self.ledger, self.judge, self._encode = stream, ledger, judge, encode
+        self.known, self.reused = dict(known or {}), 0
+        self.running, self.tokens = 0, 0
+        self._pool: dict[int, asyncio.Task[list[Sample]]] = {}
+        self._judging = Batcher(lambda asked: judge.records([sample.problem for sample, _ in asked], [text for _, text in asked]))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
+        self._thread.start()
+
+    def call(self, work: Coroutine) -> Any:
+        """The result of a coroutine in the thread's event loop."""
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except BaseException as failures:
+            raise first_of(failures) from failures
+
+    def take(self) -> Taken:
+        """The groups of the next rollout; waits for them. Raises what failed in any of the groups."""
+        began = time.perf_counter()
+        taken = self.call(self._take())
+        taken.waited_seconds = time.perf_counter() - began
+        return taken
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside nothing is sampled. After a failure it stays so: a half push never serves."""
+        self.call(self.engine.pause())
+        yield
+        self.call(self.engine.resume())
+
+    def abandon(self) -> None:
+        """Forget what is in the making: the run goes back, and asks these questions again."""
+        self.call(self._abandon())
+        self.stream.release()
+        self.known = {}
+
+    def close(self) -> None:
+        """End the thread; safe to call twice."""
+        if self._thread.is_alive():
+            with contextlib.suppress(Exception):
+                self.call(self._abandon())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=30)
+
+    async def _take(self) -> Taken:
+        plan, taken = self.plan, Taken()
+        while len(taken.groups) < plan.share:
+            wanted = plan.share - len(taken.groups)
+            self._fill(math.ceil(wanted * plan.oversample) + plan.share * plan.lag)
+            item = await self._first()
+            group = await self._pool.pop(item)
+            (taken.groups if plan.keeps(group) else taken.dropped).append(group)
+            if len(taken.dropped) > plan.patience * plan.share:
+                raise UserError(
+                    f"rl.dynamic_sampling: some groups are neither all right nor all wrong; got {len(taken.dropped)} in a row that "
+                    f"are, for {len(taken.groups)} of {plan.share}; take easier or harder problems, or turn it off"
+                )
+        return taken
+
+    def _fill(self, count: int) -> None:
+        """Begin groups until ``count`` are in the making."""
+        for item in self.stream.take(max(0, count - len(self._pool))):
+            self._pool[item] = asyncio.create_task(self._group(item))
+
+    async def _first(self) -> int:
+        """The item that is taken next: the first in order, or, with oversampling, the first that has ended."""
+        if self.plan.oversample == 1.0:
+            return next(iter(self._pool))
+        await asyncio.wait(self._pool.values(), return_when=asyncio.FIRST_COMPLETED)
+        return next(item for item, task in self._pool.items() if task.done())
+
+    async def _abandon(self) -> None:
+        tasks, self._pool = list(self._pool.values()), {}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _group(self, item: int) -> list[Sample]:
+        async with asyncio.TaskGroup() as group:
+            members = [group.create_task(self._sample(item, member)) for member in range(self.plan.group_size)]
+        return [member.result() for member in members]
+
+    async def _sample(self, item: int, member: int) -> Sample:
+        held = self.known.pop((item, member), None)
+        if held is not None:
+            with contextlib.suppress(UserError):  # a damaged frame: made again
+                self.reused += 1
+                return restored(held, self.stream.problem(item))
+        self.running += 1
+        try:
+            sample = await self._episode(item, member)
+        finally:
+            self.running -= 1
+        text = response_text(self.tokenizer, sample)
+        sample.records = await self._judging.ask((sample, text))
+        sample.reward = self.judge.total(sample.problem, sample.records) + sample.environment_reward
+        sample.judged = time.time()
+        sample.id = self.ledger.write("sample", *recorded(sample))
+        return sample
+
+    async def _episode(self, item: int, member: int) -> Sample:
+        problem, sampling, began = self.stream.problem(item), self.plan.sampling, time.time()
+        episode = self.environment.begin(problem)
+        try:
+            prompt = self._encode(episode.reset())
+            tokens, logprobs, own, spans, reward, reason = [], [], [], [], 0.0, "length"
+            routed = None
+            for turn in range(self.environment.max_turns):
+                room = sampling.max_new_tokens - len(tokens)
+                if room <= 0:
+                    reason = "length"
+                    break
+                asked = Request(prompt + tokens, replace(sampling, max_new_tokens=room), self._seed(item, member, turn))
+                made = await self.engine.complete(asked)
+                spans += _moved(made, len(tokens), self.engine.version)
+                tokens += made.token_ids
+                logprobs += made.logprobs
+                own += [True] * len(made.token_ids)
+                reason, routed = made.finish_reason, made.routed_experts
+                self.tokens += len(made.token_ids)
+                said = self.tokenizer.decode(_without_end(made.token_ids, self.tokenizer.eos_id), skip_special=False)
+                step = await asyncio.to_thread(episode.step, said) if self.environment.max_turns > 1 else episode.step(said)
+                reward += step.reward
+                if step.observation is None or reason == "length":
+                    break
+                seen = self.tokenizer.encode_plain(step.observation)[: sampling.max_new_tokens - len(tokens)]
+                tokens += seen
+                logprobs += [0.0] * len(seen)
+                own += [False] * len(seen)
+        finally:
+            episode.close()
+        completion = Completion(tokens, logprobs, reason, tuple(spans), routed)
+        return Sample(
+            item=item,
+            member=member,
+            problem=problem,
+            prompt=prompt,
+            completion=completion,
+            own=None if all(own) else own,
+            turns=turn + 1,
+            environment_reward=reward,
+            began=began,
+            generated=time.time(),
+        )
+
+    def _seed(self, item: int, member: int, turn: int) -> int:
+        text = f"{self.plan.seed}:{item}:{member}:{turn}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 2
+
+
+class Judge:
+    """The rewards of a run: ``runner`` scores, ``weights_of(source)`` says which reward counts how much. ``seconds``: spent so far."""
+
+    def __init__(self, runner: RewardRunner, weights_of: Callable[[str], Mapping[str, float]]):
+        self._runner, self._weights_of, self.seconds = runner, weights_of, 0.0
+
+    def records(self, problems: list[Any], texts: list[str]) -> list[dict[str, RewardRecord]]:
+        """What every reward says of each response."""
+        began = time.perf_counter()
+        found = self._runner.score(problems, texts)
+        self.seconds += time.perf_counter() - began
+        return found
+
+    def total(self, problem: Any, records: Mapping[str, RewardRecord]) -> float:
+        """The weighted sum."""
+        return sum(weight * records[name].value for name, weight in self._weights_of(problem.source).items())
+
+
+def _without_end(ids: list[int], eos_id: int) -> list[int]:
+    return ids[:-1] if ids and ids[-1] == eos_id else ids
+
+
+def response_text(tokenizer: Tokenizer, sample: Sample) -> str:
+    """What a reward judges: what the policy itself wrote, without end tokens at the ends of its turns; other special tokens are written
+    out, so that none is missed."""
+    own = sample.own or [True] * len(sample.completion.token_ids)
+    text, turn = "", []
+    for token, mine in zip([*sample.completion.token_ids, -1], [*own, False], strict=True):
+        if mine:
+            turn.append(token)
+        elif turn:
+            text += tokenizer.decode(_without_end(turn, tokenizer.eos_id), skip_special=False)
+            turn = []
+    return text
+
+
+def _moved(made: Completion, offset: int, version: int) -> list[Span]:
+    """The completion's spans, ``offset`` tokens further on."""
+    spans = made.versions or ((version, 0, len(made.token_ids)),)
+    return [(number, start + offset, end + offset) for number, start, end in spans]
+
+
+def recorded(sample: Sample) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A sample as the ledger keeps it. Routing is kept as its hash: it is as large as the rest many times over."""
+    made = sample.completion
+    routing = made.routed_experts
+    values = {
+        "item": sample.item,
+        "member": sample.member,
+        "problem": sample.problem.id,
+        "source": sample.problem.source,
+        "prompt_sha256": hashlib.sha256(np.asarray(sample.prompt, np.int32).tobytes()).hexdigest()[:16],
+        "finish_reason": made.finish_reason,
+        "versions": [list(span) for span in made.versions],
+        "turns": sample.turns,
+        "routing_sha256": hashlib.sha256(routing.numpy().tobytes()).hexdigest()[:16] if routing is not None else None,
+        "rewards": {name: [record.value, record.seconds, record.failure] for name, record in sample.records.items()},
+        "environment_reward": sample.environment_reward,
+        "reward": sample.reward,
+        "began": sample.began,
+        "generated": sample.generated,
+        "judged": sample.judged,
+    }
+    arrays = {
+        "prompt": np.asarray(sample.prompt, np.int32),
+        "tokens": np.asarray(made.token_ids, np.int32),
+        "logprobs": np.asarray(made.logprobs, np.float32),
+    }
+    if sample.own is not None:
+        arrays["own"] = np.asarray(sample.own, np.bool_)
+    return values, arrays
+
+
+def restored(frame: Frame, problem: Any) -> Sample:
+    """The sample of a ledger's frame."""
+    values, arrays = frame.values, frame.arrays()
+    made = Completion(
+        arrays["tokens"].tolist(),
+        arrays["logprobs"].tolist(),
+        values["finish_reason"],
+        tuple(tuple(span) for span in values["versions"]),
+    )
+    return Sample(
+        item=values["item"],
+        member=values["member"],
+        problem=problem,
+        prompt=arrays["prompt"].tolist(),
+        completion=made,
+        own=arrays["own"].tolist() if "own" in arrays else None,
+        turns=values["turns"],
+        records={name: RewardRecord(*record) for name, record in values["rewards"].items()},
+        environment_reward=values["environment_reward"],
+        reward=values["reward"],
+        began=values["began"],
+        generated=values["generated"],
+        judged=values["judged"],
+        id=frame.id,
+    )

@@ -1,0 +1,366 @@
+"""One run of ``r1mega rl`` on this rank: everything that is opened for it, what it keeps between turns, what it writes.
+
+The loop orders the calls; what crosses ranks does so here: samples are shared inside a data rank, rewards over all of them, weights are
+gathered for the push. A failure of one rank's rollouts or push is told to all before anyone goes on.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1mega.config.errors import UserError
+from r1mega.config.rl import RlConfig
+from r1mega.data.problems import load_problems
+from r1mega.data.prompts import PromptStream
+from r1mega.rl.batch import RolloutRow
+from r1mega.rl.learner import Learner
+from r1mega.rl.ledger import FOLDER, Frame, History, Ledger, next_start
+from r1mega.rl.metrics import RewardNames, mean_load, rollout_line
+from r1mega.rl.push import PushReport, PushRuntime
+from r1mega.rl.reward.mix import FAILURES, keep_failures, names_of, weights_of, write_failures
+from r1mega.rl.reward.runner import RewardRunner
+from r1mega.rl.rollouts import Judge, Plan, Rollouts, Taken, response_text
+from r1mega.rl.setup import encode_prompts, open_engine, open_policy, open_rewards, open_run_mesh, open_tokenizer, prompt_encoder
+from r1mega.rl.shaping import learnable_groups, overlong_penalties
+from r1mega.rl.types import Sample
+from r1mega.train import checkpoint, stop
+from r1mega.train.checkpoint import TrainState
+from r1mega.train.lineage import Lineage
+from r1mega.train.manifest import check_same_command
+from r1mega.train.memory import watched
+from r1mega.train.metrics import Metrics
+from r1mega.train.profile import Profile
+from r1mega.train.ranges import named_layers
+from r1mega.train.saving import run_saver
+from r1mega.train.trainee import StepResult
+
+
+@contextmanager
+def opened(config: RlConfig) -> Iterator[Run]:
+    """A run, ready for its next rollout; what it has started ends with the context, however that ends."""
+    mesh = open_run_mesh(config)
+    init = checkpoint.resolve(config.init)
+    with ExitStack() as stack:
+        rewards = stack.enter_context(open_rewards(config.reward, config.reward.weights))
+        stack.enter_context(stop.heeding())
+        watch = stack.enter_context(watched(mesh, Path(config.out), "rl.micro_batch_size or rl.sampling.max_new_tokens"))
+        run = Run(config, mesh, init, rewards, stack)
+        watch.trainee = run.policy.trainee
+        stack.enter_context(named_layers(run.policy.trainee, config.nvtx))
+        stack.enter_context(run.saver)
+        yield run
+
+
+class Run:
+    """``done``: rollouts that have been trained on. ``stack``: gets what has to be closed."""
+
+    def __init__(self, config: RlConfig, mesh, init: Path, rewards: RewardRunner, stack: ExitStack):
+        self.config, self.mesh, self.sizes = config, mesh, config.rl
+        self.folder = Path(config.out)
+        self.checkpoints = self.folder / "checkpoints"
+        if mesh.is_first:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoint.clear(self.checkpoints)
+        mesh.barrier()
+        self.tokenizer = open_tokenizer(init)
+        lineage = Lineage.begin("rl", config.name, init)
+        self.saver = run_saver(config, self.sizes, mesh, lineage, str(self.tokenizer.path), self._tell)
+        self.policy = open_policy(config, init, mesh, config.optim, config.model)
+        self.learner = Learner(config, self.policy, config.policy_loss.build(), self.tokenizer.pad_id)
+        problems = load_problems(config.data.problems, limit=config.data.limit)
+        context = self.policy.model_config.max_position_embeddings
+        encode_prompts(self.tokenizer, problems, self.sizes.sampling.max_new_tokens, context)  # refuses before anything is generated
+        self._place = Place.of(mesh, self.sizes.prompts_per_rollout)
+        self.stream = PromptStream(problems, config.seed, self._place.number, self._place.count)
+        self.state = TrainState(extra={"rollouts": 0, "seconds": 0.0})
+        held = checkpoint.newest_whole(mesh, self.checkpoints)
+        if held is not None:
+            check_same_command("rl", held)
+            self._take_state(self.policy.load(held, weights_only=False, verified=True))
+            self.saver.go_on(held)
+        self.advantages = config.advantage.build()
+        self.ledger, known = self._open_ledger()
+        stack.callback(self.ledger.close)
+        self.engine = open_engine(config.engine, self.policy, self.tokenizer, self.folder, self._place.generates)
+        self.rollouts: Rollouts | None = None
+        if self.engine is not None:
+            stack.callback(self.engine.close)
+            judge = Judge(rewards, lambda source: weights_of(source, config.reward.weights, config.reward.by_source))
+            environment, encode = config.environment.build(), prompt_encoder(self.tokenizer)
+            self.rollouts = Rollouts(
+                self._plan(), self.engine, environment, self.tokenizer, judge, self.stream, self.ledger, encode, known
+            )
+            stack.callback(self.rollouts.close)
+        self.pusher = self._open_push()
+        self.report: PushReport | None = None
+        self.names = RewardNames(names_of(config.reward.weights, config.reward.by_source))
+        self.metrics = Metrics(self.folder, "rollout", self.sizes.rollouts, self.done, active=mesh.is_first, config=config)
+        stack.callback(self.metrics.close)
+        self._forget_failures()
+        self.profile = Profile(self.folder, mesh, active=config.profile, skip=min(1, self.sizes.rollouts - 1), count=1)
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def done(self) -> int:
+        """Rollouts that have been trained on."""
+        return self.state.extra["rollouts"]
+
+    def _plan(self) -> Plan:
+        sizes, wanted = self.sizes, self.sizes.dynamic_sampling
+
+        def keeps(group: list[Sample]) -> bool:
+            values = [sample.reward if wanted.by == "reward" else sample.records[wanted.by].value for sample in group]
+            return bool(learnable_groups(torch.tensor([values], dtype=torch.float64), torch.tensor([list(map(self._counts, group))])))
+
+        return Plan(
+            share=self._place.share,
+            group_size=sizes.group_size,
+            sampling=sizes.sampling,
+            seed=self.config.seed,
+            lag=sizes.lag,
+            oversample=sizes.oversample,
+            patience=wanted.oversampling,
+            **({"keeps": keeps} if wanted.by else {}),
+        )
+
+    def _counts(self, sample: Sample) -> bool:
+        return not (self.sizes.overlong.mask_truncated and sample.completion.finish_reason == "length")
+
+    def _open_ledger(self) -> tuple[Ledger, dict[tuple[int, int], Frame]]:
+        """This start's file, and what earlier ones have made that this one can use."""
+        folder, extra = self.folder / FOLDER, self.state.extra
+        start = self.mesh.broadcast_object(next_start(folder))
+        known: dict[tuple[int, int], Frame] = {}
+        ledger = Ledger(folder, start, self.mesh.rank, self.done, self.state.step)
+        self.mesh.barrier()  # every file has begun: the history says from where this start goes on
+        if start > 1 and self._place.generates:
+            history = History(folder, extra.get("ledger_start", 1))
+            cursor = self.stream.state_dict()
+            known = history.unused(cursor["consumed"], cursor["done"])
+        extra["ledger_start"] = start
+        return ledger, known
+
+    def _open_push(self) -> Any:
+        """The push of a rank that sends: the first, or each that has an engine in its process."""
+        if self.engine is None or not (self.mesh.is_first or self._is_local):
+            return None
+        runtime = PushRuntime(
+            self.engine,
+            self.policy.published_config(bos_id=self.tokenizer.bos_id, eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id),
+            servers=lambda: self.engine.servers,
+            device=str(self.mesh.device.torch_device),
+            folder=self.folder / "pushes",
+        )
+        return self.config.push.build(runtime)
+
+    @property
+    def _is_local(self) -> bool:
+        return hasattr(self.engine, "load_weights")
+
+    def _take_state(self, state: TrainState) -> None:
+        self.state, self.learner.update_count = state, state.step
+        self.stream.load_state_dict(state.cursor)
+        self.learner.health.load_state_dict(state.extra.get("health", {}))
+
+    def _tell(self, kind: str, step: int, reason: str) -> None:
+        self.metrics.event(kind, step, reason)
+
+    def begin_turn(self) -> float:
+        """Start a turn's clocks."""
+        self.seconds = {}
+        return time.perf_counter()
+
+    def take(self) -> Taken:
+        """The next rollout's groups of this data rank; all its ranks get them."""
+        taken, failure = Taken(), ""
+        if self.rollouts is not None:
+            try:
+                taken = self.rollouts.take()
+            except UserError as error:
+                failure = str(error)
+        self.mesh.agree(failure)
+        for axis in ("context", "tensor", "pipeline"):
+            if self.mesh.axes[axis].size > 1:
+                parts = self.mesh.gather_objects(taken, axis)
+                waited = max(part.waited_seconds for part in parts)
+                taken = Taken(sum((part.groups for part in parts), []), sum((part.dropped for part in parts), []), waited)
+        return taken
+
+    def value(self, taken: Taken) -> tuple[list[RolloutRow], dict[str, list[float]]]:
+        """Rows with their advantages, which a choice may normalise over all ranks' groups; and what the rewards said, by name."""
+        samples, sizes = taken.samples, self.sizes
+        lengths = [len(sample.completion.token_ids) for sample in samples]
+        shaped = overlong_penalties(lengths, sizes.sampling.max_new_tokens, sizes.overlong.cache_tokens, sizes.overlong.penalty)
+        rewards = [sample.reward + penalty for sample, penalty in zip(samples, shaped, strict=True)]
+        if sizes.shuffle_rewards:
+            rewards = self.shuffled(rewards)
+        counts = [self._counts(sample) for sample in samples]
+        everyone = self.mesh.gather_objects((rewards, counts))
+        rewards_PG, counts_PG = (
+            torch.tensor([item for part in column for item in part]).view(-1, sizes.group_size)
+            for column in zip(*everyone, strict=True)
+        )
+        first = sum(len(part[0]) for part in everyone[: self.mesh.data_rank])
+        advantages = self.advantages(rewards_PG, counts_PG).flatten().tolist()[first : first + len(samples)]
+        rows = []
+        for sample, advantage, count in zip(samples, advantages, counts, strict=True):
+            sample.advantage = advantage
+            rows.append(RolloutRow(sample.prompt, sample.completion, advantage, counts=count, own=sample.own))
+        told = self.names.values(samples, self.mesh.gather_objects)
+        punished = {"overlong": shaped} if sizes.overlong.cache_tokens else {}
+        failed = [float(any(record.failure for record in sample.records.values())) for sample in samples]
+        return rows, {**told, **punished, "reward": rewards, "reward_failed": failed}
+
+    def shuffled(self, rewards: list[float]) -> list[float]:
+        """The rewards of all ranks in another order: this rank's part of it."""
+        everyone = [value for part in self.mesh.gather_objects(rewards) for value in part]
+        random.Random(f"{self.config.seed}:{self.done}:control").shuffle(everyone)
+        return everyone[self.mesh.data_rank * len(rewards) :][: len(rewards)]
+
+    @contextmanager
+    def engine_asleep(self) -> Iterator[None]:
+        """The engine's device memory is the trainer's meanwhile, where the engine can sleep and nothing runs ahead."""
+        is_sleeping = self.mesh.is_first and self.engine is not None and self.sizes.lag == 0 and self.sizes.oversample == 1.0
+        if is_sleeping:
+            self.engine.sleep()
+        self.mesh.barrier()
+        yield
+        if is_sleeping:
+            self.policy.mesh.device.empty_cache()
+            self.engine.wake()
+
+    def push(self) -> None:
+        """Hand the weights to the engine and have it prove that it holds them; nothing is sampled meanwhile."""
+        version, failure = self.learner.update_count, ""
+        with self.timed("push"), self.rollouts.paused() if self.rollouts else nullcontext():
+            self.mesh.barrier()
+            tensors = self.policy.published_tensors(everywhere=self._is_local)
+            try:
+                if self.pusher is not None:
+                    self.report = self.pusher.send(tensors, version)
+            except UserError as error:
+                failure = str(error)
+            for _ in tensors:  # the ranks that gather for others, and those that have lost interest
+                pass
+            self.mesh.agree(failure)
+            if self.engine is not None:
+                self.engine.version = version
+
+    def count(self, taken: Taken, rows: list[RolloutRow], seconds: float) -> None:
+        """The rollout is trained on: counted, and written into the ledger as used."""
+        extra = self.state.extra
+        extra["rollouts"] += 1
+        extra["seconds"] += seconds
+        self.state.step = self.learner.update_count
+        self.state.tokens += sum(self.mesh.gather_objects(sum(row.size for row in rows)))
+        used, dropped = ([group[0].item for group in groups] for groups in (taken.groups, taken.dropped))
+        for items in self.mesh.gather_objects(used + dropped):
+            self.stream.finish(items)
+        if not self._place.writes:
+            return
+        place = {"rollout": self.done, "update": self.learner.update_count, "consumed": self.stream.consumed}
+        samples = taken.samples
+        about = {"samples": [sample.id for sample in samples], "advantages": [sample.advantage for sample in samples]}
+        self.ledger.write("use", {**place, "items": used, **about})
+        if dropped:
+            self.ledger.write("drop", {**place, "items": dropped, "reason": "rl.dynamic_sampling"})
+        texts = [response_text(self.tokenizer, sample) for sample in samples]
+        records = [sample.records for sample in samples]
+        write_failures(self.folder / FAILURES, self.done, [sample.problem for sample in samples], texts, records)
+
+    def log(self, taken: Taken, rows: list[RolloutRow], told: dict[str, list[float]], results: list[StepResult]) -> None:
+        """One metric line a rollout, over all ranks."""
+        self.metrics.advance()
+        line = rollout_line(self.mesh, rows, taken, told, results, self.sizes.group_size)
+        if self.done % self.sizes.log_every and self.done != self.sizes.rollouts:
+            return
+        whole = sum(self.seconds.values())
+        line |= {f"seconds_{name}": value for name, value in self.seconds.items()}
+        line["seconds_reward"] = self.rollouts.judge.seconds if self.rollouts else 0.0
+        line["idle_share"] = self.seconds.get("rollout", 0.0) / max(whole, 1e-9)
+        line |= self.report.line() if self.report else {}
+        place = {"update": self.learner.update_count, "rollout": self.done, "lr": self.learner.rate, "tokens": self.state.tokens}
+        self.metrics.log(
+            {**place, **self.policy.peak_gib(), **line, "expert_load": mean_load(results), **self.saver.metrics()}
+        )
+
+    def save(self, asked: bool) -> None:
+        """Begin a checkpoint where it is due, and where SIGTERM came (``asked``)."""
+        every, last = self.sizes.save_every, self.done == self.sizes.rollouts
+        if last or asked or (every and self.done % every == 0):
+            self.ledger.sync()  # a checkpoint counts on what its rollouts have used
+            self.state.extra |= {"health": self.learner.health.state_dict(), "save_stall_seconds": self.saver.stall_seconds}
+            self.state.cursor = self.stream.state_dict()
+            self.policy.save(self.saver, self.state)
+
+    def go_back(self) -> bool:
+        """Back to the last checkpoint, with other prompts; false where there is none."""
+        held = checkpoint.newest_whole(self.mesh, self.checkpoints)
+        if held is None:
+            return False
+        if self.rollouts is not None:
+            self.rollouts.abandon()
+        moved_on, start, health = self.stream.state_dict(), self.state.extra["ledger_start"], self.learner.health.state_dict()
+        self._take_state(self.policy.load(held, weights_only=False, verified=True))
+        self.stream.load_state_dict(moved_on)
+        self.learner.health.load_state_dict(health)
+        self.state.extra["ledger_start"] = start
+        self.saver.go_on(held)
+        self.ledger.write("back", {"rollout": self.done, "update": self.learner.update_count})
+        self._forget_failures()
+        return True
+
+    def _forget_failures(self) -> None:
+        """Rewards' failures of rollouts that are made again."""
+        if self.mesh.is_first:
+            keep_failures(self.folder / FAILURES, self.done)
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for what is under way and say where the result lies."""
+        self.saver.wait(exports=self.done == self.sizes.rollouts)
+        self.profile.close()
+        self.metrics.close()
+        return {
+            "checkpoint": str(checkpoint.resolve(self.checkpoints)),
+            "rollouts": self.done,
+            "updates": self.learner.update_count,
+            "tokens": self.state.tokens,
+            "seconds": self.state.extra["seconds"],
+            "save_stall_seconds": self.saver.stall_seconds,
+        }
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time inside to the phase's sum."""
+        began = time.perf_counter()
+        yield
+        self.mesh.device.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+class Place:
+    """Which ranks generate. ``generates``: this one does; ``writes``: this one writes down what its data rank has used; ``number`` of
+    ``count`` generating ranks, with ``share`` groups a rollout each. Context ranks of a data rank share its groups where these divide;
+    of tensor and pipeline ranks the first generates for all."""
+
+    def __init__(self, generates: bool, writes: bool, number: int, count: int, share: int):
+        self.generates, self.writes, self.number, self.count, self.share = generates, writes, number, count, share
+
+    @classmethod
+    def of(cls, mesh, prompts: int) -> Place:
+        """This rank's place among those that generate ``prompts`` groups a rollout."""
+        context = mesh.axes["context"]
+        groups = prompts // mesh.data_size
+        sharers = context.size if groups % context.size == 0 else 1
+        is_first = mesh.axes["tensor"].rank == 0 and mesh.axes["pipeline"].rank == 0
+        generates = is_first and context.rank < sharers
+        number = mesh.data_rank * sharers + (context.rank if generates else 0)
+        return cls(generates, is_first and context.rank == 0, number, mesh.data_size * sharers, groups // sharers)
