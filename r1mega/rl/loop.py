@@ -21,7 +21,8 @@ from r1mega.data.problems import Problem, load_problems
 from r1mega.data.prompts import PromptStream
 from r1mega.model.outputs import Hidden
 from r1mega.rl.batch import RolloutBatch, RolloutRow, microbatches
-from r1mega.rl.loss import token_logprobs
+from r1mega.rl.logprobs import token_logprobs
+from r1mega.rl.loss.stats import MAXIMA
 from r1mega.rl.metrics import mean_load, rollout_line
 from r1mega.rl.reward.mix import FAILURES, by_reward, keep_failures, names_of, weights_of, write_failures
 from r1mega.rl.reward.runner import RewardRunner, total
@@ -35,6 +36,7 @@ from r1mega.rl.setup import (
     over_context,
     response_text,
 )
+from r1mega.rl.shaping import overlong_penalties
 from r1mega.train import checkpoint, stop
 from r1mega.train.checkpoint import TrainState
 from r1mega.train.health import Health
@@ -192,16 +194,36 @@ class RlLoop:
             texts = [response_text(self.tokenizer, row.completion) for row in rows]
             records = over_context(self.mesh, len(texts), lambda share: self.rewards.score(problems[share], texts[share]))
             rewards = total(records, [weights_of(problem.source, weights, by_source) for problem in problems])
+            shaped = self._shape(rows)
+            rewards = [reward + penalty for reward, penalty in zip(rewards, shaped, strict=True)]
             if self.sizes.shuffle_rewards:
                 rewards = self._shuffled(rewards)
-            advantages = self.advantages(torch.tensor(rewards).view(-1, self.sizes.group_size)).flatten().tolist()
-            for row, advantage in zip(rows, advantages, strict=True):
+            for row, advantage in zip(rows, self._advantages(rows, rewards), strict=True):
                 row.advantage = advantage
         if self.mesh.axes["context"].rank == 0:
             write_failures(self.folder / FAILURES, self.state.extra["rollouts"] + 1, problems, texts, records)
         by_name = by_reward(records, names_of(weights, by_source), self.mesh.gather_objects)
         failed = [float(any(entry.failure for entry in record.values())) for record in records]
-        return {**by_name, "reward": rewards, "reward_failed": failed}
+        punished = {"overlong": shaped} if self.sizes.overlong.cache_tokens else {}
+        return {**by_name, **punished, "reward": rewards, "reward_failed": failed}
+
+    def _shape(self, rows: list[RolloutRow]) -> list[float]:
+        """What the lengths add to the rewards; rows that the loss shall not see are told so."""
+        overlong, longest = self.sizes.overlong, self.sizes.sampling.max_new_tokens
+        for row in rows:
+            row.counts = not (overlong.mask_truncated and row.completion.finish_reason == "length")
+        lengths = [len(row.completion.token_ids) for row in rows]
+        return overlong_penalties(lengths, longest, overlong.cache_tokens, overlong.penalty)
+
+    def _advantages(self, rows: list[RolloutRow], rewards: list[float]) -> list[float]:
+        """Of this rank's rows; a choice may normalise over all ranks' groups, so it is given all of them."""
+        everyone = self.mesh.gather_objects((rewards, [row.counts for row in rows]))
+        rewards_PG, counts_PG = (
+            torch.tensor([item for part in column for item in part]).view(-1, self.sizes.group_size)
+            for column in zip(*everyone, strict=True)
+        )
+        advantages = self.advantages(rewards_PG, counts_PG).flatten().tolist()
+        return advantages[self.mesh.data_rank * len(rows) :][: len(rows)]
 
     def _shuffled(self, rewards: list[float]) -> list[float]:
         everyone = [value for part in self.mesh.gather_objects(rewards) for value in part]
@@ -241,31 +263,24 @@ class RlLoop:
 
     def update(self, rows: list[RolloutRow]) -> StepResult:
         """One optimizer step on one minibatch."""
-        tokens = sum(self.mesh.gather_objects(sum(len(row.completion.token_ids) for row in rows)))
-        sequences = sum(self.mesh.gather_objects(len(rows)))
+        counted = [len(row.completion.token_ids) for row in rows if row.counts]
+        sequences, tokens = (sum(column) for column in zip(*self.mesh.gather_objects((len(counted), sum(counted))), strict=True))
+        peaks = torch.zeros(len(MAXIMA), dtype=torch.float64, device=self.mesh.device.torch_device)
 
         def objective(output: torch.Tensor | Hidden, batch: RolloutBatch):
             logprobs_BS, entropy_BS = token_logprobs(
                 output, batch.targets_BS, self.sizes.sampling.temperature or 1.0, with_entropy=True
             )
-            loss, stats = self.loss(
-                logprobs_BS,
-                batch.old_BS,
-                batch.ref_BS,
-                batch.advantage_B,
-                batch.mask_BS,
-                num_sequences=sequences,
-                num_tokens=tokens,
-                lengths_B=batch.lengths_B,
-            )
-            names = ("num_tokens", "num_clipped", "kl_sum")
-            sums = dict(zip(names, stats.sums().tolist(), strict=True))
-            return loss, {**sums, "entropy_sum": float((entropy_BS * batch.mask_BS).sum())}
+            longest = self.sizes.sampling.max_new_tokens
+            loss, stats = self.loss(batch.loss_input(logprobs_BS, sequences, tokens, longest))
+            peaks.copy_(torch.maximum(peaks, stats.maxima()))
+            return loss, {**stats.sums(), "entropy_sum": (entropy_BS * batch.mask_BS).sum()}
 
         steps = self.sizes.rollouts * self.sizes.updates_per_rollout
         result = self.policy.update(
             self.batches(rows), objective, learning_rate(self.config.optim, self.state.step, steps), self.health.judge
         )
+        result.stats |= zip(MAXIMA, self.mesh.max(peaks, "data", "context", "pipeline").tolist(), strict=True)
         self.state.step += 1
         if not result.trouble:
             self.health.sound(result.loss)
