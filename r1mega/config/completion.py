@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from r1mega import registry
-from r1mega.config.groups import config_dir, default_groups, options
+from r1mega.config.groups import config_dir, default_groups, options, overridden
 from r1mega.config.help import leaves, value_text, yaml_defaults
 from r1mega.config.knob import REQUIRED
 from r1mega.config.schema import SCHEMAS, Key, fields, kinds, plain_type
@@ -152,8 +152,9 @@ class _Line:
         self.cls, self.folders, self.is_sweep = SCHEMAS[command], folders, is_sweep
         pairs = [override.lstrip("+").partition("=") for override in overrides]
         self.given = {name for name, _, _ in pairs}
-        self.groups = default_groups(command, config_dir())
-        self.groups |= {name: value for name, _, value in pairs if name in self.groups}
+        groups = default_groups(command, config_dir())
+        groups |= {name: value for name, _, value in pairs if name in groups}
+        self.groups = overridden(groups, self.given, folders)
         self.defaults = yaml_defaults(command, self.groups, config_dir())
         self.keys = {key.path: key for key in leaves(self.cls, self._chosen())}
 

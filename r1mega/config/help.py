@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from r1mega import registry
-from r1mega.config.groups import default_groups, options
+from r1mega.config.groups import default_groups, options, overridden
 from r1mega.config.knob import REQUIRED
 from r1mega.config.schema import Key, keys, kinds, schema
 
@@ -32,7 +32,8 @@ def command_help(command: str, about: str, config_dir: Path, arguments: Iterable
     """Groups and keys of ``command``; a group chosen in ``arguments`` shows that choice's keys and defaults."""
     cls = schema(command)
     groups = default_groups(command, config_dir)
-    groups |= {group: name for group, _, name in (argument.partition("=") for argument in arguments) if group in groups}
+    given = {group: name for group, _, name in (argument.partition("=") for argument in arguments) if group in groups}
+    groups = overridden(groups | given, given, [config_dir])
     lines = [f"r1mega {command}: {about}", "", inspect.cleandoc(cls.__doc__ or "").replace("``", ""), ""]
     lines.append(f"usage: {_GRAMMAR.replace('COMMAND', command)}")
     if groups:
@@ -68,8 +69,9 @@ def yaml_defaults(command: str, groups: Mapping[str, str], config_dir: Path) -> 
         path = config_dir / group / f"{name}.yaml"
         if path.is_file():
             text = path.read_text(encoding="utf-8")
+            body = {name: value for name, value in (yaml.safe_load(text) or {}).items() if name != "defaults"}
             # a phase sets keys of the whole config, as Hydra's own comment in it says
-            found |= _flat(yaml.safe_load(text) or {}, "" if "@package _global_" in text else f"{group}.")
+            found |= _flat(body, "" if "@package _global_" in text else f"{group}.")
     body = yaml.safe_load((config_dir / f"{command}.yaml").read_text(encoding="utf-8"))
     return found | _flat({name: value for name, value in body.items() if name != "defaults"}, "")
 

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 
 from r1mega import registry
 from r1mega.config.errors import UserError, nearest, shown
-from r1mega.config.groups import default_groups, options
+from r1mega.config.groups import default_groups, options, overridden
 from r1mega.config.schema import WORDS, Key, find, kinds, nearest_key, plain_type, schema
 
 SEARCH_PATH = "hydra.searchpath"
@@ -68,6 +68,7 @@ def read(command: str, arguments: Iterable[str], config_dir: Path) -> Request:
             except UserError as error:
                 groups[override.key_or_group] = ""
                 problems.append(str(error))
+    groups = overridden(groups, {override.key_or_group for override in parsed}, folders)
     for group, option in groups.items():
         if option == "???":
             known = options(cls, group, folders)

@@ -37,6 +37,38 @@ class RewardConfig:
 
 
 @dataclass
+class OverlongConfig:
+    """What becomes of responses near or at the longest length (DAPO, arXiv 2503.14476 3.4)."""
+
+    cache_tokens: int = knob(
+        0,
+        "the last so many tokens before sampling.max_new_tokens lower the reward, in a line from 0 to -penalty; 0: no punishment",
+        "tokens",
+        **at_least(0),
+    )
+    penalty: float = knob(1.0, "what the reward of a response of the longest length is lowered by", "1", **at_least(0))
+    mask_truncated: bool = knob(False, "responses cut off at max_new_tokens count in no baseline and no loss", "bool")
+
+
+@dataclass
+class DynamicSamplingConfig:
+    """Prompts are drawn until enough groups have something to learn from (DAPO, arXiv 2503.14476 3.2)."""
+
+    by: str = knob(
+        "",
+        "keep groups whose responses differ in this reward (accuracy: 0 < correct < group_size), or in reward, the sum of all; "
+        "empty: keep every group",
+        "name",
+    )
+    oversampling: int = knob(
+        10,
+        "most prompts drawn a rollout, as a multiple of prompts_per_rollout; then what is kept is trained on",
+        "1",
+        **at_least(1),
+    )
+
+
+@dataclass
 class RolloutConfig:
     """The RL loop's sizes (R1: 32 x 16 an update, 16 updates a rollout, reference reset every 400 updates)."""
 
@@ -48,6 +80,8 @@ class RolloutConfig:
     )
     micro_batch_size: int = knob(32, "responses one forward pass of one rank", "responses", **at_least(1))
     sampling: SamplingConfig = knob(SamplingConfig, "how responses are drawn", "section")
+    overlong: OverlongConfig = knob(OverlongConfig, "responses near the longest length", "section")
+    dynamic_sampling: DynamicSamplingConfig = knob(DynamicSamplingConfig, "groups without anything to learn from", "section")
     ref_refresh_updates: int = knob(
         400, "updates between copies of the policy into the reference; 0: never", "updates", **at_least(0)
     )

@@ -115,6 +115,7 @@ def cross_violations(config: Any) -> Iterator[Violation]:
         yield from export_violations("trainer", config.trainer)
     if isinstance(config, RlConfig):
         yield from _loop(config)
+        yield from _algorithm(config)
         yield from export_violations("rl", config.rl)
         yield from _rewards(config.reward)
         updates = config.rl.rollouts * config.rl.updates_per_rollout
@@ -233,6 +234,24 @@ def _loop(config: RlConfig) -> Iterator[Violation]:
     if r.sampling.temperature == 0:
         rule = "above 0, the likeliest token has no probability to learn from"
         yield Violation("rl.sampling.temperature", rule, 0, (("rl.sampling.temperature", (1.0,)),))
+
+
+def _algorithm(config: RlConfig) -> Iterator[Violation]:
+    """Lengths, rewards and bounds that the loss and what comes before it name."""
+    r, longest = config.rl, config.rl.sampling.max_new_tokens
+    if r.overlong.cache_tokens > longest:
+        fixes = (("rl.overlong.cache_tokens", (longest // 5,)),)
+        yield Violation("rl.overlong.cache_tokens", f"at most rl.sampling.max_new_tokens {longest}", r.overlong.cache_tokens, fixes)
+    names = {"reward", *config.reward.weights}
+    names.update(name for own in config.reward.by_source.values() if isinstance(own, dict) for name in own)
+    by = r.dynamic_sampling.by
+    if by and by not in names:
+        hint = f"{nearest(by, names)}use one of {', '.join(sorted(names))}, or rl.dynamic_sampling.by='' for none"
+        yield Violation("rl.dynamic_sampling.by", "a reward of the run, or reward, their sum", repr(by), hint=hint)
+    low, high = (getattr(config.policy_loss, f"correction_{side}", None) for side in ("low", "high"))
+    if getattr(config.policy_loss, "correction", None) == "mask" and low > high:
+        rule = f"with correction=mask at most policy_loss.correction_high {high}"
+        yield Violation("policy_loss.correction_low", rule, low, (("policy_loss.correction_low", (high / 4,)),))
 
 
 def _rewards(reward: RewardConfig) -> Iterator[Violation]:

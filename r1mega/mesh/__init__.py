@@ -136,10 +136,11 @@ class Mesh:
         """Sum over the ranks that see tokens of this pipeline stage (tensor, context, data), in place; any shape."""
         return self.sum(values, "tensor", "context", "data")
 
-    def max(self, values: torch.Tensor) -> torch.Tensor:
-        """Maximum over the data axis, in place; any shape."""
-        if self.data_size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.axes["data"].group)
+    def max(self, values: torch.Tensor, *axes: str) -> torch.Tensor:
+        """Maximum over the named axes (data alone without a name), in place; any shape."""
+        for axis in axes or ("data",):
+            if self.axes[axis].size > 1:
+                dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.axes[axis].group)
         return values
 
     def any(self, flag: bool) -> bool:

@@ -71,6 +71,14 @@ class ContextPart:
         halves = by_rank.reshape(pieces, self.size, -1, *rest).transpose(0, 1).reshape(self.size, 2, -1, *rest)
         return torch.cat([halves[:, 0], halves[:, 1].flip(0)]).flatten(0, 1)
 
+    def sum(self, own: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks' values, on every rank; any shape, without gradient."""
+        if self.size == 1:
+            return own
+        total = own.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
     def positions(self, length: int, device: torch.device) -> torch.Tensor:
         """Places in the whole sequence of ``length`` own tokens: int64 ``[length]``."""
         return self.cut(torch.arange(length * self.size, device=device), dim=0)

@@ -12,18 +12,25 @@ from dataclasses import dataclass
 import torch
 
 from r1mega.model.context import ALONE, ContextPart
+from r1mega.rl.loss import LossInput
 from r1mega.rl.types import Completion
 
 
 @dataclass
 class RolloutRow:
-    """One response with all that training needs of it. ``old`` and ``ref``: float32 log-probabilities of the response tokens."""
+    """One response with all that training needs of it.
+
+    ``old``, ``ref`` and ``teacher``: float32 log-probabilities of the response tokens by the trainer before the update, the
+    reference and a teacher. ``counts``: false for a response that no loss shall see (``rl.overlong.mask_truncated``).
+    """
 
     prompt: list[int]
     completion: Completion
     advantage: float = 0.0
     old: torch.Tensor | None = None
     ref: torch.Tensor | None = None
+    teacher: torch.Tensor | None = None
+    counts: bool = True
 
     @property
     def size(self) -> int:
@@ -33,9 +40,11 @@ class RolloutRow:
 
 @dataclass
 class RolloutBatch:
-    """One microbatch: ``tokens_BS, targets_BS`` int64, ``mask_BS`` bool, the rest float32. ``ref_BS``: None without a reference.
+    """One microbatch: ``tokens_BS, targets_BS`` int64, ``mask_BS`` bool, the rest float32.
 
-    ``[B, S]`` tensors hold the parts ``part`` of the rows, but ``whole_mask_BS``; ``lengths_B``: response tokens of the whole rows.
+    ``mask_BS``: response tokens that the loss counts; ``rollout_BS``: the engine's log-probabilities; ``ref_BS``, ``teacher_BS``:
+    None where a row has none. ``[B, S]`` tensors hold the parts ``part`` of the rows, but ``whole_mask_BS``, all response tokens;
+    ``lengths_B``: counted response tokens of the whole rows.
     """
 
     rows: list[RolloutRow]
@@ -43,7 +52,9 @@ class RolloutBatch:
     targets_BS: torch.Tensor
     mask_BS: torch.Tensor
     old_BS: torch.Tensor
+    rollout_BS: torch.Tensor
     ref_BS: torch.Tensor | None
+    teacher_BS: torch.Tensor | None
     advantage_B: torch.Tensor
     lengths_B: torch.Tensor
     whole_mask_BS: torch.Tensor
@@ -52,6 +63,23 @@ class RolloutBatch:
     def split(self, values_BS: torch.Tensor) -> list[torch.Tensor]:
         """Values at the response tokens, a tensor a row, those of other context ranks' parts included."""
         return [row_S[mask_S] for row_S, mask_S in zip(self.part.gather(values_BS), self.whole_mask_BS, strict=True)]
+
+    def loss_input(self, logprobs_BS: torch.Tensor, num_sequences: float, num_tokens: float, max_tokens: int) -> LossInput:
+        """What a policy loss is given; the sizes are the minibatch's, see :class:`r1mega.rl.loss.inputs.LossInput`."""
+        return LossInput(
+            logprobs_BS,
+            self.old_BS,
+            self.advantage_B,
+            self.mask_BS,
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            ref_BS=self.ref_BS,
+            rollout_BS=self.rollout_BS,
+            teacher_BS=self.teacher_BS,
+            lengths_B=self.lengths_B,
+            max_tokens=max_tokens,
+            over_sequence=self.part.sum,
+        )
 
 
 def microbatches(
@@ -70,18 +98,32 @@ def _batch(rows: list[RolloutRow], pad_id: int, device: torch.device, part: Cont
     width = -(-longest // multiple) * multiple + 1
     tokens = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)
-    old, ref = torch.zeros(2, len(rows), width - 1).unbind(0)
+    old, rollout, ref, teacher = torch.zeros(4, len(rows), width - 1).unbind(0)
     for idx, row in enumerate(rows):
         tokens[idx, : row.size] = torch.tensor(row.prompt + row.completion.token_ids)
         place = slice(len(row.prompt) - 1, row.size - 1)
         mask[idx, place] = True
-        for values, held in ((old, row.old), (ref, row.ref)):
+        rollout[idx, place] = torch.tensor(row.completion.logprobs, dtype=torch.float32)
+        for values, held in ((old, row.old), (ref, row.ref), (teacher, row.teacher)):
             if held is not None:
                 values[idx, place] = held.cpu()
     advantage = torch.tensor([row.advantage for row in rows], dtype=torch.float32)
-    whole = [tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask, old, ref]
-    own = [part.cut(values).to(device) for values in whole]
-    if any(row.ref is None for row in rows):
-        own[-1] = None
-    about_rows = (advantage, mask.sum(dim=1), mask)
-    return RolloutBatch(rows, *own, *(values.to(device) for values in about_rows), part)
+    counted = mask & torch.tensor([row.counts for row in rows])[:, None]
+
+    def own(values_BS: torch.Tensor) -> torch.Tensor:
+        return part.cut(values_BS).to(device)
+
+    return RolloutBatch(
+        rows,
+        tokens_BS=own(tokens[:, :-1].contiguous()),
+        targets_BS=own(tokens[:, 1:].contiguous()),
+        mask_BS=own(counted),
+        old_BS=own(old),
+        rollout_BS=own(rollout),
+        ref_BS=None if any(row.ref is None for row in rows) else own(ref),
+        teacher_BS=None if any(row.teacher is None for row in rows) else own(teacher),
+        advantage_B=advantage.to(device),
+        lengths_B=counted.sum(dim=1).to(device),
+        whole_mask_BS=mask.to(device),
+        part=part,
+    )

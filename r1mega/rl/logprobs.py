@@ -8,8 +8,36 @@ from __future__ import annotations
 
 import torch
 
+from r1mega.config.errors import UserError
+from r1mega.model.outputs import Hidden
+from r1mega.ops.token_logprobs import token_logprobs as from_hidden
+
 BLOCK_ELEMENTS = 1 << 22
 """Logits in fp32 at once: 16 MiB."""
+
+
+def token_logprobs(
+    output: torch.Tensor | Hidden, targets_BS: torch.Tensor, temperature: float = 1.0, with_entropy: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each target under softmax(logits / temperature), and that distribution's entropy.
+
+    ``output``: logits ``[B, S, V]``, any float dtype (the gradient comes back in it), or what they are made of.
+    ``targets_BS``: int64 [B, S], already shifted: the target of a position is the token that its logits predict. Returns
+    ``(logprobs_BS, entropy_BS)``, fp32, in nats, both computed in fp32; the entropy carries no gradient and, from logits, is 0 with
+    ``with_entropy=False``. Peak extra memory: from logits one block of 16 MiB, and in the backward the gradient; from hidden states
+    see :func:`r1mega.ops.token_logprobs.token_logprobs`. Raises UserError for a temperature that is not above 0.
+    """
+    if not temperature > 0:
+        raise UserError(f"sampling.temperature: scoring divides by it, above 0; got {temperature}; score greedy responses at 1")
+    targets_R = targets_BS.reshape(-1)
+    if isinstance(output, Hidden):
+        rows = output.hidden_BSD.reshape(-1, output.hidden_BSD.shape[-1])
+        made = from_hidden(rows, output.weight_VD, targets_R, output.num_tokens, 1.0 / temperature)
+        logprobs_R, entropy_R = made.logprobs_T, made.entropy_T.detach()
+    else:
+        rows = output.reshape(-1, output.shape[-1])
+        logprobs_R, entropy_R = TokenLogprobs.apply(rows, targets_R, float(temperature), with_entropy)
+    return logprobs_R.view(targets_BS.shape), entropy_R.view(targets_BS.shape)
 
 
 class TokenLogprobs(torch.autograd.Function):

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 
 from r1mega.rl.batch import RolloutRow
+from r1mega.rl.loss.stats import MAXIMA, summary
 from r1mega.train.trainee import StepResult
 
 
 def rollout_line(
     mesh, rows: list[RolloutRow], judged: dict[str, list[float]], results: list[StepResult], group_size: int
 ) -> dict[str, Any]:
-    """Means over all responses: rewards by name, lengths, the train/rollout difference; means over the updates: loss, KL, clip.
+    """Means over all responses: rewards by name, lengths, the train/rollout difference; over the updates: loss and what
+    :func:`r1mega.rl.loss.stats.summary` says.
 
     ``rollout_diff_mean`` and ``rollout_diff_max``: absolute difference between the engine's and the trainer's log-probability of
     the same token, over all response tokens. ``flat_groups``: share of groups whose rewards are all equal.
@@ -50,9 +52,10 @@ def rollout_line(
     line["rollout_diff_max"] = largest
     applied = [result for result in results if not result.trouble]
     if applied:
-        tokens = max(sum(result.stats["num_tokens"] for result in applied), 1.0)
-        for name, total in (("kl", "kl_sum"), ("clip_share", "num_clipped"), ("entropy", "entropy_sum")):
-            line[name] = sum(result.stats[total] for result in applied) / tokens
+        reduce = {name: max if name in MAXIMA else sum for name in applied[0].stats}
+        totals = {name: over(result.stats[name] for result in applied) for name, over in reduce.items()}
+        line |= summary(totals)
+        line["entropy"] = totals["entropy_sum"] / max(totals["num_tokens"], 1.0)
         line["loss"] = sum(result.loss for result in applied) / len(applied)
         line["grad_norm"] = sum(result.grad_norm for result in applied) / len(applied)
     return line

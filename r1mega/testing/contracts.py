@@ -8,64 +8,145 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
+from r1mega.rl.loss import LossInput
+
 
 def check_advantage(choice: object) -> None:
-    """Equal rewards give 0; equivariant under permutation of responses and prompts; masked responses get 0 and do not count."""
+    """Equal rewards give 0; equivariant under permutation of responses and prompts; masked responses get 0 and do not count.
+
+    Equal in the group, where the baseline is the group's; in the whole batch, where ``choice.baseline`` says "batch". Rewards that
+    are moved by a constant (a constant a group, where the baseline is the group's) give the same advantages.
+    """
     advantages = choice.build()
+    baseline = getattr(choice, "baseline", "group")
+    assert baseline in ("group", "batch"), "a baseline is over the group or the batch"
     rewards_PG = torch.tensor([[1.0, 0.0, 0.0, 2.0, 1.0], [0.3, 0.3, 0.3, 0.3, 0.3], [0.0, 0.0, 2.0, 0.5, 0.25]])
     got = advantages(rewards_PG)
     assert got.shape == rewards_PG.shape and got.dtype == torch.float32, "advantages are fp32 of the rewards' shape"
+    assert (got[0].diff().sign() == rewards_PG[0].diff().sign()).all(), "a higher reward has a higher advantage"
     same = torch.full((2, 5), 0.7)
     assert torch.equal(advantages(same), torch.zeros(2, 5)), "equal rewards give exactly 0"
+    shift_P1 = torch.tensor([[0.5], [0.5], [0.5]])
+    if baseline == "group":
+        assert (got[1] == 0).all(), "equal rewards in a group give exactly 0"
+        shift_P1 = torch.tensor([[0.5], [-2.0], [4.0]])
+    torch.testing.assert_close(advantages(rewards_PG + shift_P1), got)
     responses, prompts = torch.tensor([3, 1, 4, 0, 2]), torch.tensor([2, 0, 1])
     torch.testing.assert_close(advantages(rewards_PG[:, responses]), got[:, responses])
     torch.testing.assert_close(advantages(rewards_PG[prompts]), got[prompts])
     mask_PG = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 0, 1, 1, 0]]).bool()
     masked = advantages(rewards_PG, mask_PG)
     assert (masked[~mask_PG] == 0).all(), "a masked response gets 0"
-    torch.testing.assert_close(masked, advantages(torch.where(mask_PG, rewards_PG, 1e6), mask_PG))
+    for other in (1e6, float("nan")):
+        torch.testing.assert_close(masked, advantages(torch.where(mask_PG, rewards_PG, other), mask_PG))
+    torch.testing.assert_close(advantages(rewards_PG[[0, 2]], mask_PG[[0, 2]]), masked[[0, 2]])
+    nobody = advantages(rewards_PG, torch.zeros(3, 5))
+    assert torch.equal(nobody, torch.zeros(3, 5)), "where nothing counts, all is 0"
 
 
-def check_policy_loss(cls: type) -> None:
-    """REINFORCE's gradient at ratio 1 without KL; masked tokens contribute 0; invariant to the split into microbatches."""
+def check_policy_loss(cls: type, **knobs: object) -> None:
+    """REINFORCE's gradient at ratio 1 without KL; masked tokens contribute 0; the same however the minibatch lies in memory.
+
+    That is: cut into microbatches, moved along the row, in wider rows, each row cut over context ranks. ``knobs``: of the choice,
+    where they are not its defaults.
+    """
     torch.manual_seed(0)
-    now, mask = -torch.rand(4, 5) - 0.1, torch.rand(4, 5) < 0.6
+    now, mask = -torch.rand(4, 6) - 0.1, torch.rand(4, 6) < 0.6
     mask[:, 0] = True
-    advantages = torch.randn(4)
-    sizes = {"num_sequences": 4, "num_tokens": int(mask.sum())}
+    advantages = torch.tensor([0.7, -1.1, 0.4, -0.2])
+    sizes = {"num_sequences": 4, "num_tokens": int(mask.sum()), "max_tokens": 9}
     fields = {field.name for field in dataclasses.fields(cls)}
-    free = cls(**{"kl_coef": 0.0} if "kl_coef" in fields else {}).build()
+    off = {name: 0.0 for name in ("kl_coef", "distill_coef") if name in fields}
+    free = cls(**{**knobs, **off}).build()
 
-    leaf = now.clone().requires_grad_()
-    loss, _ = free(leaf, now, None, advantages, mask, **sizes)
-    loss.backward()
-    share = torch.ones(4, 5).requires_grad_()  # -sum_t w_t A log p_t, with w_t read off the same loss at A = 1
-    free(share, share.detach(), None, torch.ones(4), mask, **sizes)[0].backward()
-    torch.testing.assert_close(leaf.grad, share.grad * advantages[:, None])
-    assert (share.grad[mask] < 0).all(), "every response token is pushed up by a positive advantage"
+    def gradient_at_one(logprobs_BS: torch.Tensor, advantages_B: torch.Tensor) -> torch.Tensor:
+        leaf = logprobs_BS.clone().requires_grad_()
+        given = LossInput(leaf, logprobs_BS, advantages_B, mask, rollout_BS=logprobs_BS, ref_BS=-torch.rand(4, 6), **sizes)
+        free(given)[0].backward()
+        return leaf.grad
 
-    choice = cls().build()
-    old, ref = now + 0.3 * torch.randn(4, 5), now + 0.3 * torch.randn(4, 5)
+    share = gradient_at_one(torch.full((4, 6), -1.0), torch.ones(4))  # -sum_t w_t A log p_t, with w_t read off at A = 1
+    torch.testing.assert_close(gradient_at_one(now, advantages), share * advantages[:, None])
+    assert (share[mask] < 0).all(), "every response token is pushed up by a positive advantage"
 
-    def gradient(rows: slice, garbage: float) -> tuple[torch.Tensor, torch.Tensor]:
-        leaf = torch.where(mask, now, garbage)[rows].clone().requires_grad_()
-        loss, _ = choice(leaf, torch.where(mask, old, -garbage)[rows], ref[rows], advantages[rows], mask[rows], **sizes)
-        loss.backward()
-        return loss.detach(), leaf.grad
+    loss = cls(**knobs).build()
+    old, rollout, ref, teacher = (now + size * torch.randn(4, 6) for size in (0.3, 0.4, 0.3, 0.3))
+    whole_lengths = mask.sum(dim=1)
 
-    whole, grad = gradient(slice(0, 4), 0.0)
+    def gradient(garbage: float = 0.0, rows: slice = slice(0, 4), place: torch.Tensor | None = None, whole=None):
+        """Loss, gradient at the response's places and statistics of some rows, or of some columns with the whole rows' sums."""
+        columns = torch.arange(6) if place is None else place
+        filled = [torch.where(mask, values, garbage * sign)[rows] for values, sign in zip(
+            (now, old, rollout, ref, teacher), (1, -1, 1, -1, 1), strict=True)]  # fmt: skip
+        held, mask_BS = filled, mask[rows]
+        if place is not None and whole is None:  # spread out in a wider row of garbage
+            wide = [torch.full((values.shape[0], 11), garbage) for values in filled]
+            mask_BS = torch.zeros(mask_BS.shape[0], 11, dtype=torch.bool)
+            mask_BS[:, columns] = mask[rows]
+            for target, values in zip(wide, filled, strict=True):
+                target[:, columns] = values
+            held = wide
+        elif place is not None:
+            held, mask_BS = [values[:, columns] for values in filled], mask_BS[:, columns]
+        leaf = held[0].clone().requires_grad_()
+        extra = {} if whole is None else {"lengths_B": whole_lengths[rows], "over_sequence": whole}
+        given = LossInput(
+            leaf, held[1], advantages[rows], mask_BS, rollout_BS=held[2], ref_BS=held[3], teacher_BS=held[4], **extra, **sizes
+        )
+        value, stats = loss(given)
+        value.backward()
+        assert (leaf.grad[~mask_BS] == 0).all(), "no gradient at masked tokens"
+        return value.detach(), leaf.grad[:, columns] if place is not None and whole is None else leaf.grad, stats
+
+    value, grad, stats = gradient()
     for garbage in (50.0, float("inf"), float("nan")):
-        again, grad_again = gradient(slice(0, 4), garbage)
-        assert torch.equal(whole, again) and torch.equal(grad, grad_again), "masked tokens contribute 0, whatever they hold"
-    assert (grad[~mask] == 0).all(), "no gradient at masked tokens"
-    parts = [gradient(rows, 0.0) for rows in (slice(0, 1), slice(1, 4))]
-    torch.testing.assert_close(parts[0][0] + parts[1][0], whole)
+        again, grad_again, stats_again = gradient(garbage)
+        assert torch.equal(value, again) and torch.equal(grad, grad_again), "masked tokens contribute 0, whatever they hold"
+        assert stats == stats_again, "masked tokens are in no statistic"
+    parts = [gradient(rows=rows) for rows in (slice(0, 1), slice(1, 4))]
+    torch.testing.assert_close(parts[0][0] + parts[1][0], value)
     torch.testing.assert_close(torch.cat([parts[0][1], parts[1][1]]), grad)
+    spread, grad_spread, _ = gradient(float("nan"), place=torch.tensor([0, 2, 3, 7, 9, 10]))
+    torch.testing.assert_close(spread, value)
+    torch.testing.assert_close(grad_spread, grad)
+
+    columns = (torch.tensor([0, 5]), torch.tensor([1, 2, 3, 4]))
+    for pieces in (columns, columns[::-1]):
+        both = _over_context(lambda part, whole, pieces=pieces: gradient(place=pieces[part], whole=whole))
+        torch.testing.assert_close(both[0][0] + both[1][0], value)
+        joined = torch.empty_like(grad)
+        for (_, own, _), piece in zip(both, pieces, strict=True):
+            joined[:, piece] = own
+        torch.testing.assert_close(joined, grad)
+        for name, total in stats.sums().items():
+            torch.testing.assert_close(both[0][2].sums()[name] + both[1][2].sums()[name], total, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(torch.maximum(both[0][2].maxima(), both[1][2].maxima()), stats.maxima())
+
+
+def _over_context(run: Callable[[int, Callable], Any]) -> list[Any]:
+    """``run(part, over_sequence)`` of two context ranks, as threads that add up what they hand over."""
+    barrier, box = threading.Barrier(2, timeout=60), [None, None]
+
+    def of(part: int) -> Any:
+        def over_sequence(values: torch.Tensor) -> torch.Tensor:
+            box[part] = values
+            barrier.wait()
+            total = box[0] + box[1]
+            barrier.wait()
+            return total
+
+        return run(part, over_sequence)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(of, range(2)))
 
 
 def check_reward(choice: object) -> None:

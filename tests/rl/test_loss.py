@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from r1mega.config.errors import UserError
-from r1mega.registry import choices
-from r1mega.rl.loss import GrpoLoss, PolicyStats, token_logprobs
-from r1mega.testing.contracts import check_policy_loss
+from r1mega.rl.logprobs import token_logprobs
+from r1mega.rl.loss import DapoLoss, GrpoLoss, LossInput
+from r1mega.rl.loss.stats import MAXIMA, SUMS, summary
 
 
 def run(choice, logprobs, old, advantages, mask=None, ref=None, **sizes):
     mask = torch.ones_like(logprobs) if mask is None else mask
     sizes = {"num_sequences": logprobs.shape[0], "num_tokens": int(mask.sum()), **sizes}
     logprobs = logprobs.clone().requires_grad_()
-    loss, stats = choice.build()(logprobs, old, ref, advantages, mask, **sizes)
+    loss, stats = choice.build()(LossInput(logprobs, old, advantages, mask, ref_BS=ref, **sizes))
     loss.backward()
     return loss.item(), logprobs.grad, stats
 
@@ -30,7 +30,8 @@ def test_hand_worked_loss_with_kl():
     loss, _, stats = run(GrpoLoss(kl_coef=0.1), now, old, torch.tensor([0.5]), ref=ref)
     k3 = 1 - math.log(2)
     assert loss == pytest.approx((-1.0 - 0.5 + 0.1 * k3) / 2, rel=1e-6)
-    assert stats.summary() == pytest.approx({"clip_share": 0.0, "kl": k3 / 2, "ratio_max": 2.0, "num_tokens": 2.0}, rel=1e-6)
+    told = {"clip_share": 0.0, "dropped_share": 0.0, "is_weight": 1.0, "kl": k3 / 2, "ratio_max": 2.0, "num_tokens": 2.0}
+    assert {name: stats.summary()[name] for name in told} == pytest.approx(told, rel=1e-6)
 
 
 def test_kl_gradient():
@@ -57,7 +58,7 @@ def test_defaults_are_r1s_and_clip_from_above_only():
     now = old + torch.tensor([[math.log(12.0), math.log(0.001)]])
     _, grad, stats = run(GrpoLoss(kl_coef=0), now, old, torch.tensor([1.0]))
     assert grad[0, 0] == 0 and grad[0, 1] < 0
-    assert stats.num_clipped == 1
+    assert (stats.num_clipped_low, stats.num_clipped_high) == (0, 1)
 
 
 def test_sequence_mean_weighs_responses_and_token_mean_weighs_tokens():
@@ -90,20 +91,45 @@ def test_context_parallel_halves_add_up():
     torch.testing.assert_close(torch.cat([parts[0][1], parts[1][1]], dim=1), grad)
 
 
-def test_stats_add():
-    a = PolicyStats.of(torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64))
-    b = PolicyStats.of(torch.tensor([6.0, 1.0, 1.5], dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64))
-    assert (a + b).summary() == {"clip_share": 0.25, "kl": 0.25, "ratio_max": 3.0, "num_tokens": 8.0}
+def test_statistics_by_hand():
+    # ratios 2, 1/2, 1 at A = 1: one above its bound and clipped, one below and not (its gradient helps); A = -1: the other way round
+    old = torch.tensor([[-1.0, -1.0, -1.0]]).repeat(2, 1)
+    now = old + torch.tensor([math.log(2), -math.log(2), 0.0])
+    rollout = old - torch.tensor([[math.log(4), 0.0, 0.0], [0.0, 0.0, 0.0]])  # weights 4 and 1
+    choice = DapoLoss(correction="mask", correction_high=3.0)
+    given = LossInput(now, old, torch.tensor([1.0, -1.0]), torch.ones(2, 3), 2, 6, rollout_BS=rollout)
+    _, stats = choice.build()(given)
+    told = stats.summary()
+    assert (told["clip_share_low"], told["clip_share_high"]) == pytest.approx((1 / 6, 0.0)), "of the dropped token nothing counts"
+    assert (told["dropped_share"], told["is_weight"], told["is_weight_max"]) == pytest.approx((1 / 6, 5 / 6, 1.0))
+    assert told["ratio_max"] == pytest.approx(2.0) and told["num_tokens"] == 6
+    everything = {name: 0.0 for name in SUMS}
+    assert summary(everything)["clip_share"] == 0.0 and not {"ratio_max", "is_weight_max"} & set(summary(everything))
+    assert stats.maxima().tolist() == [getattr(stats, name).item() for name in MAXIMA]
 
 
-def test_missing_reference_is_an_error():
-    with pytest.raises(UserError, match="kl_coef"):
-        run(GrpoLoss(kl_coef=0.1), torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1))
+@pytest.mark.parametrize("knob, value, off", [
+    ("kl_coef", 0.1, "0"),
+    ("distill_coef", 1.0, "0"),
+    ("ratio_to", "rollout", "trainer"),
+    ("correction", "mask", "none"),
+    ("correction_veto", 1e-4, "0"),
+])  # fmt: skip
+def test_missing_logprobs_are_an_error(knob, value, off):
+    with pytest.raises(UserError, match=rf"policy_loss.{knob}: .* logprobs; .*policy_loss.{knob}={off}"):
+        run(DapoLoss(**{knob: value}), torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1))
 
 
-@pytest.mark.parametrize("name", sorted(choices("policy_loss")))
-def test_contract(name):
-    check_policy_loss(choices("policy_loss")[name])
+def test_a_constant_divisor_needs_the_longest_response():
+    with pytest.raises(UserError, match="aggregation"):
+        run(GrpoLoss(kl_coef=0, aggregation="constant"), torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1))
+
+
+def test_a_minibatch_of_which_nothing_counts_has_no_loss():
+    for aggregation in ("sequence", "token"):
+        choice = GrpoLoss(kl_coef=0, aggregation=aggregation)
+        loss, grad, stats = run(choice, torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2), torch.zeros(2, 3), num_sequences=0)
+        assert loss == 0 and not grad.any() and stats.summary()["num_tokens"] == 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])

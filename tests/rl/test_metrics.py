@@ -17,6 +17,24 @@ ALONE = SimpleNamespace(
 )
 
 
+FIRST = {
+    "num_clipped_low": 1.0,
+    "num_clipped_high": 2.0,
+    "num_dropped": 2.0,
+    "weight_sum": 4.0,
+    "max_ratio": 2.0,
+    "max_weight": 1.5,
+}
+SECOND = {
+    "num_clipped_low": 0.0,
+    "num_clipped_high": 1.0,
+    "num_dropped": 0.0,
+    "weight_sum": 2.0,
+    "max_ratio": 3.0,
+    "max_weight": 1.0,
+}
+
+
 def row(logprobs: list[float], old: list[float], reason: str) -> RolloutRow:
     return RolloutRow([1, 2], Completion([3] * len(logprobs), logprobs, reason), old=torch.tensor(old))
 
@@ -34,8 +52,8 @@ def test_by_hand() -> None:
     ]
     judged = {"accuracy": [1.0, 0.0, 0.0, 0.0], "format": [1.0, 1.0, 1.0, 1.0], "reward": [2.0, 1.0, 1.0, 1.0]}
     results = [
-        result(loss=0.5, norm=2.0, num_tokens=6.0, num_clipped=3.0, kl_sum=0.6, entropy_sum=9.0),
-        result(loss=-0.1, norm=1.0, num_tokens=2.0, num_clipped=1.0, kl_sum=0.2, entropy_sum=3.0),
+        result(loss=0.5, norm=2.0, num_tokens=6.0, kl_sum=0.6, entropy_sum=9.0, **FIRST),
+        result(loss=-0.1, norm=1.0, num_tokens=2.0, kl_sum=0.2, entropy_sum=3.0, **SECOND),
     ]
     line = rollout_line(ALONE, rows, judged, results, group_size=2)
     want = {
@@ -50,6 +68,12 @@ def test_by_hand() -> None:
         "rollout_diff_max": 0.5,
         "kl": 0.1,
         "clip_share": 0.5,
+        "clip_share_low": 0.125,
+        "clip_share_high": 0.375,
+        "dropped_share": 0.25,
+        "is_weight": 0.75,
+        "is_weight_max": 1.5,
+        "ratio_max": 3.0,
         "entropy": 1.5,
         "loss": 0.2,
         "grad_norm": 1.5,
@@ -60,7 +84,7 @@ def test_by_hand() -> None:
 def test_sums_are_over_all_ranks() -> None:
     two = SimpleNamespace(**{**vars(ALONE), "sum": lambda values: 2 * values})  # another rank with the same numbers
     rows, judged = [row([-1.0], [-1.0], "stop"), row([-1.0], [-1.0], "stop")], {"reward": [1.0, 0.0]}
-    stats = result(loss=0.0, norm=0.0, num_tokens=2.0, num_clipped=0.0, kl_sum=0.0, entropy_sum=0.0)
+    stats = result(loss=0.0, norm=0.0, num_tokens=2.0, kl_sum=0.0, entropy_sum=0.0, **FIRST)
     assert rollout_line(two, rows, judged, [stats], 2) == pytest.approx(rollout_line(ALONE, rows, judged, [stats], 2))
 
 

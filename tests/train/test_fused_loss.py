@@ -14,7 +14,7 @@ from r1mega.mesh import close_mesh, open_mesh
 from r1mega.model import head
 from r1mega.model.forward import TokenTensors, token_losses
 from r1mega.model.outputs import Hidden
-from r1mega.rl.loss import token_logprobs
+from r1mega.rl.logprobs import token_logprobs
 from r1mega.train.fit import masked_sum
 from r1mega.train.policy import Policy
 from r1mega.train.trainee import Trainee
