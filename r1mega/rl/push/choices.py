@@ -18,7 +18,7 @@ PROOF = (
     "fixed prompts; auto: the strongest that the server offers; none: unproven"
 )
 FORMATS = ("auto", "plain", "fp8", "fp8_ue8m0")
-FORMAT = "what servers hold: plain numbers, or FP8 in blocks of 128x128 with fp32 or power-of-two scales; auto: as their config.json says"
+FORMAT = "what servers hold: plain, or FP8 in 128x128 blocks with fp32 or power-of-two scales; auto: as their config.json says"
 
 
 @register("push", "memory")
@@ -26,7 +26,12 @@ FORMAT = "what servers hold: plain numbers, or FP8 in blocks of 128x128 with fp3
 class MemoryPush:
     """To an engine in this process, by reference."""
 
-    proof: str = knob("checksum", "hash of every tensor as given against what the engine holds; none: unproven", "name", **one_of("checksum", "none"))
+    proof: str = knob(
+        "checksum",
+        "hash of every tensor as given against what the engine holds; none: unproven",
+        "name",
+        **one_of("checksum", "none"),
+    )
 
     def build(self, runtime: PushRuntime) -> Push:
         """A push to ``runtime.engine``."""

@@ -23,7 +23,7 @@ class PushRuntime:
     """What a push is built from.
 
     ``engine``: has ``version``, which a push sets to -1 while it is under way and after a failure; for ``push=memory`` also
-    ``load_weights``. ``hf_config``: content of the model's config.json. ``servers``: the servers as they are now, asked at each push.
+    ``load_weights``. ``hf_config``: content of the model's config.json. ``servers``: as they are now, asked at each push.
     ``device``: where the trainer's tensors are ("cpu", "cuda:0"). ``score``: prompts of token ids to the trainer's own
     log-probabilities of their tokens but the first, at temperature 1, for the probe; None: there is no probe. ``folder``: where
     ``push=disk`` writes; the servers see it under the same path.
@@ -39,8 +39,8 @@ class PushRuntime:
 
 @dataclass(frozen=True)
 class PushReport:
-    """What one push cost. ``num_bytes``: of tensors as sent, to one server; ``seconds``: of all of it, ``proof_seconds`` of them for
-    hashing and comparing; ``server_seconds``: URL to the time that its answers took; ``proof``: how it was proven.
+    """What one push cost. ``num_bytes``: of tensors as sent, to one server; ``seconds``: of all of it, ``proof_seconds`` of these
+    for hashing and comparing; ``server_seconds``: URL to the time that its answers took; ``proof``: how it was proven.
     """
 
     version: int

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,7 @@ from r1mega.train.convert.shards import NAMES, PublishedFolder, ShardWriter, wri
 
 if TYPE_CHECKING:
     from r1mega.rl.engine.sglang.client import Server
+    from r1mega.rl.push.update import Fleet
 
 FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
@@ -38,15 +38,15 @@ class ByDisk:
             raise UserError("push.folder: where versions are written; got none; give a folder that the servers see")
         self.choice, self.runtime = choice, runtime
         self.folder = Path(choice.folder) if choice.folder else Path(runtime.folder)
-        self.servers: list[Server] = []
+        self.fleet: Fleet | None = None
 
     def device(self, servers: list[Server]) -> torch.device:
         """Files are written from host memory."""
         return torch.device("cpu")
 
-    def open(self, servers: list[Server], form: Format, version: int) -> None:
+    def open(self, fleet: Fleet, form: Format, version: int) -> None:
         """An empty folder under a hidden name."""
-        self.servers, self._form, self._version = servers, form, version
+        self.fleet, self._form = fleet, form
         self._target = self.folder.absolute() / f"version-{version}"
         self._partial = self._target.with_name(f".{self._target.name}.partial")
         self._where: dict[str, str] = {}
@@ -75,13 +75,7 @@ class ByDisk:
         shutil.rmtree(self._target, ignore_errors=True)
         self._partial.rename(self._target)
         sync(self._target.parent)
-        body = {"model_path": str(self._target), "flush_cache": False}
-
-        def post(server: Server) -> None:
-            server.post("/update_weights_from_disk", body, self.choice.request_seconds)
-
-        with ThreadPoolExecutor(len(self.servers)) as pool:
-            list(pool.map(post, self.servers))
+        self.fleet.post("/update_weights_from_disk", {"model_path": str(self._target), "flush_cache": False})
         for old in self.versions()[: -self.choice.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -97,7 +91,7 @@ class ByDisk:
 
     def abandon(self) -> None:
         """What is half written goes."""
-        if self.servers:
+        if self.fleet is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def close(self) -> None:

@@ -30,9 +30,11 @@ from r1mega.rl.push.wire import Bucket, Format
 
 if TYPE_CHECKING:
     from r1mega.rl.engine.sglang.client import Server
+    from r1mega.rl.push.update import Fleet
 
 PAUSE_SECONDS = 2e-4
 """Between looks at a broadcast."""
+LEAVE_SECONDS = 20.0
 _numbers = itertools.count()
 
 
@@ -45,40 +47,42 @@ class ByGroup:
         self.choice, self.runtime = choice, runtime
         backend = devices.group_backend(runtime.device) if choice.backend == "auto" else choice.backend
         self.backend, self._on_host = backend, backend == devices.group_backend("cpu")
+        self.fleet: Fleet | None = None
         self.servers: list[Server] = []
         self._group: Any = None
         self._store: TCPStore | None = None
         self._name = ""
         self._pushed: str | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._restarted = False
 
     def device(self, servers: list[Server]) -> torch.device:
         """The trainer's, or the CPU for a backend of the host's network."""
         return torch.device("cpu" if self._on_host else self.runtime.device)
 
-    def open(self, servers: list[Server], form: Format, version: int) -> None:
+    def open(self, fleet: Fleet, form: Format, version: int) -> None:
         """The group, made where it is not there. Raises UserError for servers that this way does not reach whole."""
+        self.fleet, servers = fleet, fleet.servers
         for server in servers:
             if server.features.draft and not server.features.draft_over_group:
                 raise UserError(
-                    f"push=distributed: reaches a draft model from SGLang 0.5.21 on; got {server.version} with one at {server.url}; "
-                    "use push=tensor or push=disk"
+                    f"push=distributed: reaches a draft model from SGLang 0.5.21 on; got {server.version} with one at "
+                    f"{server.url}; use push=tensor or push=disk"
                 )
             if server.pp_size > 1:
-                raise UserError(f"push=distributed: servers of one pipeline stage; got pp_size {server.pp_size} at {server.url}; use push=disk")
+                raise UserError(
+                    f"push=distributed: servers of one pipeline stage; got pp_size {server.pp_size} at {server.url}; use push=disk"
+                )
         if self._group is not None and [id(one) for one in servers] == [id(one) for one in self.servers] and not self._restarted:
             self._pushed = str(version)
             return
         self.abandon()
-        self.servers, self._pool = servers, ThreadPoolExecutor(len(servers), thread_name_prefix="push-group")
+        self.servers = servers
         self._make()
         self._pushed = str(version)
 
     def knows(self, labels: list[str]) -> None:
         """What servers report before a push: another version than the last one's is of a server that was started again."""
         self._restarted = self._pushed is not None and any(label != self._pushed for label in labels)
-
-    _restarted = False
 
     def _make(self) -> None:
         ranks = [server.tp_size for server in self.servers]
@@ -89,20 +93,20 @@ class ByGroup:
             self._store = TCPStore(host, 0, 1 + sum(ranks), is_master=True, wait_for_workers=False, timeout=limit)
         except (RuntimeError, OSError) as error:
             raise UserError(f"push.address: an address of this machine; got {host} ({error}); give it") from error
-        offsets = [1 + sum(ranks[:at]) for at in range(len(ranks))]
+        offsets = {id(server): 1 + sum(ranks[:at]) for at, server in enumerate(self.servers)}
 
-        def join(server: Server, offset: int) -> None:
+        def join(server: Server) -> None:
             body = {
                 "master_address": host,
                 "master_port": self._store.port,
-                "rank_offset": offset,
+                "rank_offset": offsets[id(server)],
                 "world_size": 1 + sum(ranks),
                 "group_name": self._name,
                 "backend": self.backend,
             }
             server.post("/init_weights_update_group", body, self.choice.group_seconds)
 
-        joined = [self._pool.submit(join, server, offset) for server, offset in zip(self.servers, offsets, strict=True)]
+        joined = self.fleet.start(join)
         try:
             store = PrefixStore(self._name, self._store)
             self._group, _ = _new_process_group_helper(
@@ -133,7 +137,7 @@ class ByGroup:
             more = {"selector": "all"} if server.features.selector else {}
             server.post("/update_weights_from_distributed", body | more, self.choice.request_seconds)
 
-        answers = [self._pool.submit(post, server) for server in self.servers]
+        answers = self.fleet.start(post)
         try:
             work = self._group.broadcast(bucket.memory, root=0)
             deadline = time.monotonic() + self.choice.group_seconds
@@ -160,17 +164,13 @@ class ByGroup:
     def abandon(self) -> None:
         """Take the group down on both sides; the next push makes another one, of another name."""
         group, self._group, self._pushed = self._group, None, None
-        if self._pool is not None:
-            if self._name:
-                gone = [self._pool.submit(_leave, server, self._name) for server in self.servers]
-                for future in gone:
-                    with contextlib.suppress(Exception):
-                        future.result(timeout=self.choice.group_seconds)
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
-        if group is not None:
+        if group is not None:  # first: a server that waits for a broadcast answers nothing else
             with contextlib.suppress(Exception):
-                group.abort() if not self._on_host else group.shutdown()
+                group.shutdown() if self._on_host else group.abort()
+            del group
+        if self._name:
+            with ThreadPoolExecutor(len(self.servers)) as pool:
+                list(pool.map(lambda server: _leave(server, self._name), self.servers))
         self._store, self._name = None, ""
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class ByGroup:
 
 def _leave(server: Server, name: str) -> None:
     with contextlib.suppress(UserError):
-        server.post("/destroy_weights_update_group", {"group_name": name}, 20)
+        server.post("/destroy_weights_update_group", {"group_name": name}, LEAVE_SECONDS)
 
 
 def _first(futures: list[Future], *, wait: bool = True) -> Exception | None:

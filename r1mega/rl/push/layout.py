@@ -34,9 +34,9 @@ SHARED_WITH_DRAFT = ("embed_tokens.weight", "shared_head.head.weight")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a server cuts a model. ``tp``: ranks; ``ep``: of them, groups of experts; ``attention``, ``shared``, ``vocabulary``: ranks that
-    share attention, shared expert and vocabulary; ``fused_shared``: the shared expert is in the stacks; ``draft``: there is a draft
-    model whose parameters are reported.
+    """How a server cuts a model. ``tp``: ranks; ``ep``: of them, groups of experts; ``attention``, ``dense``, ``shared``,
+    ``vocabulary``, ``head``: ranks that share attention, dense FFN, shared expert, embedding and head;
+    ``fused_shared``: the shared expert is in the stacks; ``draft``: there is a draft model whose parameters are reported.
     """
 
     tp: int = 1

@@ -61,8 +61,8 @@ class ToMemory:
         if wrong:
             more = f" and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
             raise UserError(
-                f"push.proof: the engine holds the weights of version {version} as given; got wrong {', '.join(wrong[:LISTED])}{more}; "
-                "push again; if it stays, this memory is not to be trusted"
+                f"push.proof: the engine holds the weights of version {version} as given; got wrong {', '.join(wrong[:LISTED])}"
+                f"{more}; push again; if it stays, this memory is not to be trusted"
             )
 
     def _hash(self, tensor: torch.Tensor) -> str:

@@ -68,14 +68,14 @@ def nbytes(tensor: torch.Tensor) -> int:
 
 
 class Coverage:
-    """Every tensor of the table once and no other, each of its shape and of finite format."""
+    """Every tensor of the table once and no other, each of its shape."""
 
     def __init__(self, table: Iterable[Part]):
         self.table = {part.name: part for part in table}
         self._missing = dict.fromkeys(self.table)
 
     def take(self, name: str, tensor: torch.Tensor) -> Part:
-        """The part that ``name`` is. Raises UserError for a name that is unknown or came before, and another shape or kind of number."""
+        """The part of ``name``. Raises UserError for a name that is unknown or came before, and another shape or kind of number."""
         part = self.table.get(name)
         if part is None:
             raise UserError(f"push: every tensor is in the name table; got {name}; push the model that config.json describes")

@@ -1,7 +1,7 @@
 """The proof where a server reports no hashes: log-probabilities of fixed prompts, the engine's against the trainer's own.
 
-It finds what moves logits beyond ``push.probe_tolerance``: a missing layer, swapped matrices, stale weights of a large step. It does
-not find one flipped bit, and names no tensor.
+It finds what moves logits beyond ``push.probe_tolerance``: a missing layer, swapped matrices, stale weights of a large step. It
+does not find one flipped bit, and names no tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROMPTS, LENGTH = 4, 24
 
 
 class Probe:
-    """``prompts``: of random token ids, the same every time, so that no cache of the old weights is met: the cache is empty by then."""
+    """``prompts``: of random token ids, the same every time: what servers have cached of the old weights is gone by then."""
 
     name = "probe"
 
@@ -36,8 +36,8 @@ class Probe:
             worst = self._worst(server, expected)
             if not worst <= self.tolerance:  # NaN is a fault too
                 raise UserError(
-                    f"push.proof: {server.url} gives the trainer's log-probabilities within push.probe_tolerance {self.tolerance:g}; "
-                    f"got a difference of {worst:.4g}; push again, or use push.proof=checksum, which names the tensor"
+                    f"push.proof: {server.url} gives the trainer's log-probabilities within push.probe_tolerance "
+                    f"{self.tolerance:g}; got a difference of {worst:.4g}; push again, or use push.proof=checksum"
                 )
 
     def _worst(self, server: Server, expected: list[list[float]]) -> float:
@@ -52,7 +52,9 @@ class Probe:
             answer = server.post("/generate", body, self.timeout)
             theirs = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
             if len(theirs) != len(own):
-                raise UserError(f"push.proof: {server.url} gives a log-probability a token; got {len(theirs)} for {len(own)}; see its log")
+                raise UserError(
+                    f"push.proof: {server.url} gives a log-probability a token; got {len(theirs)} for {len(own)}; see its log"
+                )
             gaps = [abs(here - there) if there is not None else math.nan for here, there in zip(own, theirs, strict=True)]
             worst = next((gap for gap in gaps if math.isnan(gap)), max(worst, *gaps))
             if math.isnan(worst):

@@ -38,7 +38,9 @@ class Fault:
     sources: tuple[str, ...]
 
     def __str__(self) -> str:
-        listed = ", ".join(self.sources[:LISTED]) + (f" and {len(self.sources) - LISTED} more" if len(self.sources) > LISTED else "")
+        listed = ", ".join(self.sources[:LISTED]) + (
+            f" and {len(self.sources) - LISTED} more" if len(self.sources) > LISTED else ""
+        )
         made = f", made of {listed}" if self.sources and self.sources != (self.name,) else ""
         rank = f" of rank {self.rank}" if self.rank else ""
         return f"{self.name}{rank} at {self.server} ({self.got or 'nothing'} where {self.expected or 'nothing'} is due{made})"
@@ -101,7 +103,8 @@ def report_of(answer: Any, server: str) -> dict[int, dict[str, str]]:
             reported.setdefault(int(place["tp_rank"]), {}).update(rank["checksums"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(
-            f"push.proof: /weights_checker of {server} gives checksums by rank; got none ({type(error).__name__} {error}); use push.proof=probe"
+            f"push.proof: /weights_checker of {server} gives checksums by rank; got none ({type(error).__name__} {error}); "
+            "use push.proof=probe"
         ) from error
     return reported
 
@@ -141,8 +144,8 @@ class Checksums:
                 if odd:
                     listed = ", ".join(odd[:LISTED])
                     raise UserError(
-                        f"push.proof: {server.url} holds the parameters of config.json, {what}; {'got' if what != 'all' else 'missing'} "
-                        f"{listed}; serve this model, or use push.proof=probe"
+                        f"push.proof: {server.url} holds the parameters of config.json, {what}; "
+                        f"{'got' if what != 'all' else 'missing'} {listed}; serve this model, or use push.proof=probe"
                     )
             known = self._layouts[id(server)] = (server.info, layout)
         return known[1]
@@ -159,7 +162,9 @@ class Checksums:
         return self._expected[key].faults(server.url, self.ask(server))
 
 
-def locate(faults: list[Fault], resend: Callable[[str], None], ask: Callable[[], list[Fault]], atoms: Iterable[tuple[str, set[str]]]) -> list[str]:
+def locate(
+    faults: list[Fault], resend: Callable[[str], None], ask: Callable[[], list[Fault]], atoms: Iterable[tuple[str, set[str]]]
+) -> list[str]:
     """The published tensors that were wrong: sent again one atom after the other, until a parameter is right.
 
     ``atoms``: (key, its tensors) of what the wrong parameters are made of, in order; ``resend`` sends one, ``ask`` gives the faults

@@ -16,18 +16,19 @@ from r1mega.rl.push.wire import Bucket, Format, encode
 
 if TYPE_CHECKING:
     from r1mega.rl.engine.sglang.client import Server
+    from r1mega.rl.push.update import Fleet
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 
 class ByTensor:
-    """See :class:`r1mega.rl.push.update.Way`. One entry a tensor parallel rank; each rank cuts its share out of the whole tensor."""
+    """See :class:`r1mega.rl.push.update.Way`. One entry a tensor parallel rank, which cuts its share out."""
 
     tight, needs_session = False, True
 
     def __init__(self, choice: TensorPush, runtime: PushRuntime):
         self.choice, self.runtime = choice, runtime
-        self.servers: list[Server] = []
+        self.fleet: Fleet | None = None
 
     def device(self, servers: list[Server]) -> torch.device:
         """The trainer's where every server can take a handle, else the CPU."""
@@ -39,14 +40,12 @@ class ByTensor:
             )
         return here if able and self.choice.payload != "inline" else torch.device("cpu")
 
-    def open(self, servers: list[Server], form: Format, version: int) -> None:
+    def open(self, fleet: Fleet, form: Format, version: int) -> None:
         """Nothing is held."""
-        self.servers = servers
+        self.fleet = fleet
 
     def deliver(self, bucket: Bucket) -> None:
         """Return once every server has answered."""
-        from concurrent.futures import ThreadPoolExecutor
-
         payload = encode(bucket)
 
         def post(server: Server) -> None:
@@ -58,11 +57,7 @@ class ByTensor:
             body |= {"selector": "all"} if server.features.selector else {}
             server.post("/update_weights_from_tensor", body, self.choice.request_seconds)
 
-        if len(self.servers) == 1:
-            post(self.servers[0])
-            return
-        with ThreadPoolExecutor(len(self.servers)) as pool:
-            list(pool.map(post, self.servers))
+        self.fleet.ask(post)
 
     def finish(self) -> None:
         """Every answer has come already."""
@@ -76,4 +71,6 @@ class ByTensor:
 
 def _takes_handles(server: Server) -> bool:
     host = urlsplit(server.url).hostname or ""
-    return devices.is_shared_by_handle(str(server.info.get("device") or "cpu")) and (host in LOOPBACK or host == socket.gethostname())
+    return devices.is_shared_by_handle(str(server.info.get("device") or "cpu")) and (
+        host in LOOPBACK or host == socket.gethostname()
+    )

@@ -2,9 +2,9 @@
 
     drain -> version "r1mega:incomplete:N" -> [session] -> bucket after bucket -> [end of session] -> flush -> proof -> version "N"
 
-Until the proof has passed, a server reports the poison version and the engine's version is -1, so that a push that broke off is seen
-by the next trainer too. A bucket is filled while the one before it travels: two memories in turn, neither touched again before the
-servers have answered. No update flushes the cache itself: old servers die of a flush that meets a request, so the end drains.
+Until the proof has passed, a server reports the poison version and the engine's version is -1, so that a push that broke off is
+seen by the next trainer too. A bucket is filled while the one before it travels: two memories in turn, neither touched again before
+the servers have answered. No update flushes the cache itself: old servers die of a flush that meets a request, so the end drains.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Way(Protocol):
     def device(self, servers: list[Server]) -> torch.device:
         """Where buckets are filled."""
 
-    def open(self, servers: list[Server], form: Format, version: int) -> None:
+    def open(self, fleet: Fleet, form: Format, version: int) -> None:
         """Before the first bucket."""
 
     def deliver(self, bucket: Bucket) -> None:
@@ -166,7 +166,9 @@ class _Sending:
         self.choice, self.way, self.servers = owner.choice, owner.way, fleet.servers
         forms = [Format.of(server, self.choice.format, owner.runtime.hf_config) for server in self.servers]
         if len(set(forms)) > 1:
-            raise UserError(f"push: all servers hold one number format; got {', '.join(map(str, dict.fromkeys(forms)))}; start them alike")
+            raise UserError(
+                f"push: all servers hold one number format; got {', '.join(map(str, dict.fromkeys(forms)))}; start them alike"
+            )
         self.form = forms[0]
         self.drafts = [server.features.draft for server in self.servers]
         if any(self.drafts) and not all(self.drafts):
@@ -212,11 +214,13 @@ class _Sending:
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Begin and end, where servers want them and the way does; ended after a failure too, or the next one could not begin."""
-        self.way.open(self.servers, self.form, self.version)
+        self.way.open(self.fleet, self.form, self.version)
         wanted = [server.features.update_sessions and self.way.needs_session for server in self.servers]
 
         def at(path: str, body: dict) -> None:
-            self.fleet.ask(lambda server: server.post(path, body, self.choice.request_seconds) if wanted[self.servers.index(server)] else None)
+            self.fleet.ask(
+                lambda server: server.post(path, body, self.choice.request_seconds) if wanted[self.servers.index(server)] else None
+            )
 
         try:
             at("/begin_weight_update", {"selector": "all"})
@@ -227,7 +231,9 @@ class _Sending:
             raise
         at("/end_weight_update", {})
 
-    def packed(self, tensors: Iterable[tuple[str, torch.Tensor]], coverage: Coverage | None, only: set[str] | None = None) -> Iterator[Pair]:
+    def packed(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], coverage: Coverage | None, only: set[str] | None = None
+    ) -> Iterator[Pair]:
         """What travels, in order; hashed on the way. ``only``: of some tensors, again."""
         layers, draft = self.owner.model.num_layers, all(self.drafts)
         for name, tensor in tensors:

@@ -1,7 +1,7 @@
 """In which format tensors travel, and how one request's payload is written. The only place that knows SGLang's pickles.
 
-The numbers travel as the server holds them: rounded to its dtype here, by the rounding that its loader would use, or quantised to FP8
-in blocks of 128x128, so that what is sent, what is hashed and what is held are the same bits. Expert biases stay fp32.
+The numbers travel as the server holds them: rounded to its dtype here, by the rounding that its loader would use, or quantised to
+FP8 in blocks of 128x128, so that what is sent, what is hashed and what is held are the same bits. Expert biases stay fp32.
 
 A payload is a pickle of ``{"flattened_tensor": bytes, "metadata": [...]}``. Its entries are of a class of SGLang's, and the server
 unpickles nothing else; a class of that name stands in while it is pickled, so that the trainer needs no SGLang. A malformed payload
@@ -107,7 +107,7 @@ def _config_of(server: Server, hf_config: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Bucket:
-    """Tensors as they travel: ``pairs`` are views of ``memory``, flat bytes. ``tight``: nothing lies between them."""
+    """Tensors as they travel: ``pairs`` are views of ``memory``, flat bytes."""
 
     pairs: list[Pair]
     memory: torch.Tensor
@@ -159,8 +159,7 @@ class FlattenedTensorMetadata:
 def encode(bucket: Bucket) -> str:
     """A bucket as ``/update_weights_from_tensor`` takes it with ``load_format: flattened_bucket``, base64.
 
-    GPU memory goes as a handle, which must live until the server has answered; a CPU's goes inside. Raises UserError where the pickle
-    is not what a server may read.
+    GPU memory goes as a handle, which must live until the server has answered; a CPU's goes inside.
     """
     with _stand_in() as entry:
         metadata = [
