@@ -216,6 +216,27 @@ def open_device(config: DeviceConfig) -> Device:
     return _chosen
 
 
+def fence(device: torch.device) -> None:
+    """Wait until what this thread has queued on ``device`` is done: another process reads the memory next."""
+    if device.type != "cpu":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def is_shared_by_handle(device: torch.device | str) -> bool:
+    """Whether memory of ``device`` is handed to another process as a handle, without a copy."""
+    return torch.device(device).type == "cuda"
+
+
+def unique_id(device: torch.device) -> str:
+    """What a GPU is called in every process, whatever CUDA_VISIBLE_DEVICES numbers it as."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def group_backend(device: torch.device | str) -> str:
+    """The backend of torch.distributed for tensors of ``device``."""
+    return "nccl" if torch.device(device).type == "cuda" else "gloo"
+
+
 class HostCopy:
     """A tensor's numbers on their way to the host, behind what its stream has queued so far, while both sides go on.
 

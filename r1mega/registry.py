@@ -22,6 +22,7 @@ KINDS = {
     "engine": "r1mega.rl.engine",
     "pipeline": "r1mega.train.pipeline",
     "policy_loss": "r1mega.rl.loss",
+    "push": "r1mega.rl.push",
     "reward": "r1mega.rl.reward",
 }
 """Kind to the module that registers the package's own choices of it."""

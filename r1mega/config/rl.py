@@ -10,6 +10,9 @@ from r1mega.config.knob import REQUIRED, at_least, knob, one_of
 from r1mega.config.run import ComputeConfig, SamplingConfig
 from r1mega.config.train import EXPORT_DTYPES, OptimConfig
 
+GROUP_BACKENDS = ("auto", "nccl", "gloo")
+"""Of the process group between trainer and servers. NCCL refuses two ranks on one card: gloo, where they share it."""
+
 
 @dataclass
 class RewardConfig:
