@@ -20,6 +20,7 @@ KINDS = {
     "balance": "r1mega.model.balance",
     "dispatcher": "r1mega.model.dispatch",
     "engine": "r1mega.rl.engine",
+    "environment": "r1mega.rl.environment",
     "pipeline": "r1mega.train.pipeline",
     "policy_loss": "r1mega.rl.loss",
     "push": "r1mega.rl.push",

@@ -65,7 +65,7 @@ class DynamicSamplingConfig:
     )
     oversampling: int = knob(
         10,
-        "most prompts drawn a rollout, as a multiple of prompts_per_rollout; then what is kept is trained on",
+        "most prompts drawn a rollout, as a multiple of prompts_per_rollout; then groups without anything to learn from fill it up",
         "1",
         **at_least(1),
     )
@@ -83,6 +83,20 @@ class RolloutConfig:
     )
     micro_batch_size: int = knob(32, "responses one forward pass of one rank", "responses", **at_least(1))
     sampling: SamplingConfig = knob(SamplingConfig, "how responses are drawn", "section")
+    lag: int = knob(
+        0,
+        "rollouts that may be in the making while one is trained on, and so how many pushes old the weights are that a response is "
+        "begun with, at most; 0: on-policy",
+        "rollouts",
+        **at_least(0),
+    )
+    oversample: float = knob(
+        1.0,
+        "groups begun as a multiple of those wanted; the first to end are taken, the others go on into the next rollout, one more push "
+        "old (1: none, and groups are taken in the order of the questions)",
+        "1",
+        **at_least(1),
+    )
     overlong: OverlongConfig = knob(OverlongConfig, "responses near the longest length", "section")
     dynamic_sampling: DynamicSamplingConfig = knob(DynamicSamplingConfig, "groups without anything to learn from", "section")
     ref_refresh_updates: int = knob(
@@ -121,7 +135,7 @@ class ProblemDataConfig:
 
 @dataclass
 class RlConfig(ComputeConfig):
-    """``r1mega rl``: GRPO and its kin, on-policy."""
+    """``r1mega rl``: GRPO and its kin, on-policy or running ahead."""
 
     model: dict[str, Any] = knob({}, "changes of the checkpoint's training fields (TUNABLE_MODEL_FIELDS)", "field: value")
     init: str = knob(REQUIRED, "checkpoint to start from", "path")
@@ -131,6 +145,8 @@ class RlConfig(ComputeConfig):
     advantage: Any = knob(None, "registered choice: how rewards become advantages", "choice")
     policy_loss: Any = knob(None, "registered choice: the objective", "choice")
     engine: Any = knob(None, "registered choice: who generates", "choice")
+    push: Any = knob(None, "registered choice: how the weights come to the engine", "choice")
+    environment: Any = knob(None, "registered choice: what answers the policy's turns", "choice")
     optim: OptimConfig = knob(OptimConfig, "optimizer and schedule", "section")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from r1mega.config.errors import UserError
 from r1mega.config.rl import ChatConfig
 from r1mega.data.tokenizer import encode_prompt
-from r1mega.rl.setup import open_engine, open_policy, open_run_mesh, open_tokenizer
+from r1mega.rl.engine import Request, generate
+from r1mega.rl.setup import open_policy, open_run_mesh, open_tokenizer, serving
 from r1mega.train import checkpoint
 
 
@@ -22,23 +24,24 @@ def chat(config: ChatConfig) -> dict[str, Any]:
     init = checkpoint.resolve(config.checkpoint)
     tokenizer = open_tokenizer(init)
     policy = open_policy(config, init, mesh, None, {})
-    engine = open_engine(config.engine, policy, tokenizer)
-    engine.load_weights(policy.published_tensors(), version=0)
     text = ""
-    for number, question in enumerate(_questions(config.prompt)):
-        seed = random.Random(f"{config.seed}:chat:{number}").getrandbits(62)
-        prompt = encode_prompt(tokenizer, question)
-        room = policy.model_config.max_position_embeddings - len(prompt)
-        if room < 1:
-            raise UserError(
-                f"question: it fits the model's {policy.model_config.max_position_embeddings} tokens; got {len(prompt)}; shorten it"
-            )
-        sampling = replace(config.sampling, max_new_tokens=min(config.sampling.max_new_tokens, room))
-        completion = engine.generate([prompt], sampling, seed)[0]
-        text = tokenizer.decode(completion.token_ids)
-        print(_shown(text, sys.stdout.isatty()), flush=True)
-        if completion.finish_reason == "length":
-            print(f"(cut off after {sampling.max_new_tokens} tokens: sampling.max_new_tokens, or the model's context)", flush=True)
+    with serving(config.engine, policy, tokenizer, Path(config.out)) as engine:
+        for number, question in enumerate(_questions(config.prompt)):
+            seed = random.Random(f"{config.seed}:chat:{number}").getrandbits(62)
+            prompt = encode_prompt(tokenizer, question)
+            room = policy.model_config.max_position_embeddings - len(prompt)
+            if room < 1:
+                raise UserError(
+                    f"question: it fits the model's {policy.model_config.max_position_embeddings} tokens; got {len(prompt)}; shorten it"
+                )
+            sampling = replace(config.sampling, max_new_tokens=min(config.sampling.max_new_tokens, room))
+            (completion,) = generate(engine, [Request(prompt, sampling, seed)])
+            text = tokenizer.decode(completion.token_ids)
+            print(_shown(text, sys.stdout.isatty()), flush=True)
+            if completion.finish_reason == "length":
+                print(
+                    f"(cut off after {sampling.max_new_tokens} tokens: sampling.max_new_tokens, or the model's context)", flush=True
+                )
     return {"text": text}
 
 

@@ -17,15 +17,16 @@ from tqdm import tqdm
 
 from r1mega.config.rl import EvalConfig
 from r1mega.data.problems import Problem, load_problems
+from r1mega.rl.engine import Request, generate
 from r1mega.rl.reward.runner import RewardRunner
 from r1mega.rl.setup import (
     encode_prompts,
-    open_engine,
     open_policy,
     open_rewards,
     open_run_mesh,
     open_tokenizer,
     response_text,
+    serving,
 )
 from r1mega.train import checkpoint
 
@@ -41,12 +42,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     tokenizer = open_tokenizer(init)
     problems = load_problems(config.data.problems, limit=config.data.limit)
     policy = open_policy(config, init, mesh, None, {})
-    engine = open_engine(config.engine, policy, tokenizer)
-    engine.load_weights(policy.published_tensors(), version=0)
     encoded = encode_prompts(tokenizer, problems, config.sampling.max_new_tokens, policy.model_config.max_position_embeddings)
     numbered = list(zip(range(len(problems)), problems, encoded, strict=True))[mesh.data_rank :: mesh.data_size]
     results: list[dict[str, Any]] = []
     with (
+        serving(config.engine, policy, tokenizer, Path(config.out)) as engine,
         open_rewards(config.reward, {"accuracy": 1.0, "format": 1.0}, by_source={}) as rewards,
         tqdm(total=len(numbered), unit="problem", desc=Path(config.out).name, disable=not mesh.is_first, mininterval=1.0) as bar,
     ):
@@ -74,8 +74,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 def _answer(config: EvalConfig, part: list[tuple[int, Problem]], tokenizer, engine, rewards: RewardRunner) -> list[dict[str, Any]]:
     """All samples of a few problems, judged. The draw of a batch depends on the seed and its first problem alone."""
     prompts = [prompt for *_, prompt in part for _ in range(config.samples)]
-    seed = random.Random(f"{config.seed}:eval:{part[0][0]}").getrandbits(62)
-    completions = engine.generate(prompts, config.sampling, seed)
+    draw = random.Random(f"{config.seed}:eval:{part[0][0]}")
+    completions = generate(engine, [Request(prompt, config.sampling, draw.getrandbits(62)) for prompt in prompts])
     texts = [response_text(tokenizer, completion) for completion in completions]
     records = rewards.score([problem for _, problem, _ in part for _ in range(config.samples)], texts)
     entries = []

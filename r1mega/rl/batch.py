@@ -22,6 +22,7 @@ class RolloutRow:
 
     ``old``, ``ref`` and ``teacher``: float32 log-probabilities of the response tokens by the trainer before the update, the
     reference and a teacher. ``counts``: false for a response that no loss shall see (``rl.overlong.mask_truncated``).
+    ``own``: a bool a response token, false where an environment put it; None: the policy drew every one.
     """
 
     prompt: list[int]
@@ -31,6 +32,12 @@ class RolloutRow:
     ref: torch.Tensor | None = None
     teacher: torch.Tensor | None = None
     counts: bool = True
+    own: list[bool] | None = None
+
+    @property
+    def num_trained(self) -> int:
+        """Response tokens that the policy drew."""
+        return len(self.completion.token_ids) if self.own is None else sum(self.own)
 
     @property
     def size(self) -> int:
@@ -97,18 +104,18 @@ def _batch(rows: list[RolloutRow], pad_id: int, device: torch.device, part: Cont
     longest = max(row.size for row in rows) - 1
     width = -(-longest // multiple) * multiple + 1
     tokens = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)
+    mask, counted = torch.zeros(2, len(rows), width - 1, dtype=torch.bool).unbind(0)
     old, rollout, ref, teacher = torch.zeros(4, len(rows), width - 1).unbind(0)
     for idx, row in enumerate(rows):
         tokens[idx, : row.size] = torch.tensor(row.prompt + row.completion.token_ids)
         place = slice(len(row.prompt) - 1, row.size - 1)
         mask[idx, place] = True
+        counted[idx, place] = row.counts if row.own is None else torch.tensor(row.own) & row.counts
         rollout[idx, place] = torch.tensor(row.completion.logprobs, dtype=torch.float32)
         for values, held in ((old, row.old), (ref, row.ref), (teacher, row.teacher)):
             if held is not None:
                 values[idx, place] = held.cpu()
     advantage = torch.tensor([row.advantage for row in rows], dtype=torch.float32)
-    counted = mask & torch.tensor([row.counts for row in rows])[:, None]
 
     def own(values_BS: torch.Tensor) -> torch.Tensor:
         return part.cut(values_BS).to(device)

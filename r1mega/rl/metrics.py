@@ -8,25 +8,27 @@ import torch
 
 from r1mega.rl.batch import RolloutRow
 from r1mega.rl.loss.stats import MAXIMA, summary
+from r1mega.rl.rollouts import Taken
 from r1mega.train.trainee import StepResult
 
 
 def rollout_line(
-    mesh, rows: list[RolloutRow], judged: dict[str, list[float]], results: list[StepResult], group_size: int
+    mesh, rows: list[RolloutRow], taken: Taken, judged: dict[str, list[float]], results: list[StepResult], group_size: int, update: int
 ) -> dict[str, Any]:
     """Means over all responses: rewards by name, lengths, the train/rollout difference; over the updates: loss and what
     :func:`r1mega.rl.loss.stats.summary` says.
 
     ``rollout_diff_mean`` and ``rollout_diff_max``: absolute difference between the engine's and the trainer's log-probability of
-    the same token, over all response tokens. ``flat_groups``: share of groups whose rewards are all equal.
+    the same token, over the response tokens that the policy drew. ``flat_groups``: share of groups whose rewards are all equal.
+    ``dropped_groups``: groups judged and left out, for one that is trained on. ``staleness``, ``staleness_max``: updates between the
+    weights that a token was drawn from and those before this rollout's first update, ``update``. ``turns``: of an episode.
+    ``slowest_reward_seconds``: of one call.
     """
-    differences = torch.cat(
-        [
-            (torch.tensor(row.completion.logprobs, dtype=torch.float32) - row.old.cpu()).abs()
-            for row in rows
-            if row.completion.token_ids
-        ]
-    )
+    differences = torch.cat([_differences(row) for row in rows] or [torch.zeros(0)])
+    samples = taken.samples
+    stale = [(update - version) * (end - start) for sample in samples for version, start, end in sample.completion.versions]
+    oldest = max((update - version for sample in samples for version in sample.versions), default=0)
+    slowest = max((record.seconds for sample in samples for record in sample.records.values()), default=0.0)
     lengths = [len(row.completion.token_ids) for row in rows]
     groups = torch.tensor(judged["reward"]).view(-1, group_size)
     sums = {
@@ -36,6 +38,9 @@ def rollout_line(
         "difference": float(differences.double().sum()),
         "response_tokens": float(len(differences)),
         "groups": float(len(groups)),
+        "dropped": float(len(taken.dropped)),
+        "stale": float(sum(stale)),
+        "turns": float(sum(sample.turns for sample in samples)),
         "flat_groups": float((groups == groups[:, :1]).all(dim=1).sum()),
         "reward_square": float(torch.tensor(judged["reward"]).double().square().sum()),
         **{name: float(sum(values)) for name, values in judged.items()},
@@ -43,13 +48,17 @@ def rollout_line(
     device = mesh.device.torch_device
     reduced = mesh.sum(torch.tensor(list(sums.values()), dtype=torch.float64, device=device)).tolist()
     value = dict(zip(sums, reduced, strict=True))
-    largest = float(mesh.max(differences.max().to(device)))
+    largest = [float(differences.max()) if len(differences) else 0.0, float(oldest), slowest]
+    largest = mesh.max(torch.tensor(largest, dtype=torch.float64, device=device)).tolist()
     count = value["responses"]
-    line = {name: value[name] / count for name in (*judged, "response_length", "truncated")}
+    line = {name: value[name] / count for name in (*judged, "response_length", "truncated", "turns")}
+    line["dropped_groups"] = value["dropped"] / value["groups"]
+    line["staleness"] = value["stale"] / max(value["response_tokens"], 1)
+    line["staleness_max"], line["slowest_reward_seconds"] = largest[1:]
     line["reward_std"] = max(0.0, value["reward_square"] / count - line["reward"] ** 2) ** 0.5
     line["flat_groups"] = value["flat_groups"] / value["groups"]
     line["rollout_diff_mean"] = value["difference"] / max(value["response_tokens"], 1)
-    line["rollout_diff_max"] = largest
+    line["rollout_diff_max"] = largest[0]
     applied = [result for result in results if not result.trouble]
     if applied:
         reduce = {name: max if name in MAXIMA else sum for name in applied[0].stats}
@@ -59,6 +68,12 @@ def rollout_line(
         line["loss"] = sum(result.loss for result in applied) / len(applied)
         line["grad_norm"] = sum(result.grad_norm for result in applied) / len(applied)
     return line
+
+
+def _differences(row: RolloutRow) -> torch.Tensor:
+    """Absolute difference of engine and trainer at each token that the policy drew."""
+    found = (torch.tensor(row.completion.logprobs, dtype=torch.float32) - row.old.cpu()).abs()
+    return found if row.own is None else found[torch.tensor(row.own)]
 
 
 def mean_load(results: list[StepResult]) -> list[list[float]]:

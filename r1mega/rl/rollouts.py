@@ -29,15 +29,15 @@ from r1mega.rl.engine.contract import Engine, Request, first_of
 from r1mega.rl.environment import Environment
 from r1mega.rl.ledger import Frame, Ledger
 from r1mega.rl.reward.runner import RewardRunner
-from r1mega.rl.types import Completion, RewardRecord, Sample, Span
+from r1mega.rl.types import Completion, RewardRecord, Sample, Span, without_end
 
 
 @dataclass(frozen=True)
 class Plan:
     """How many: ``share`` groups of ``group_size`` responses a rollout on this rank; ``lag`` rollouts ahead; ``oversample`` times as
     many groups begun as are wanted, of which the first to end are taken and the others go on into the next rollout (1: none, and
-    groups are taken in the order of the questions). ``keeps``: does a judged group count (dynamic sampling)? ``patience``: groups
-    dropped for one that is kept, at most."""
+    groups are taken in the order of the questions). ``keeps``: is there something to learn from a judged group (dynamic sampling)?
+    ``patience``: groups begun for one that is wanted, at most; then dropped ones fill the rollout up."""
 
     share: int
     group_size: int
@@ -46,7 +46,7 @@ class Plan:
     lag: int = 0
     oversample: float = 1.0
     keeps: Callable[[list[Sample]], bool] = lambda group: True
-    patience: int = 20
+    patience: int = 10
 
 
 @dataclass
@@ -132,11 +132,9 @@ class Rollouts:
             item = await self._first()
             group = await self._pool.pop(item)
             (taken.groups if plan.keeps(group) else taken.dropped).append(group)
-            if len(taken.dropped) > plan.patience * plan.share:
-                raise UserError(
-                    f"rl.dynamic_sampling: some groups are neither all right nor all wrong; got {len(taken.dropped)} in a row that "
-                    f"are, for {len(taken.groups)} of {plan.share}; take easier or harder problems, or turn it off"
-                )
+            if len(taken.groups) + len(taken.dropped) >= plan.patience * plan.share:
+                missing = plan.share - len(taken.groups)
+                taken.groups, taken.dropped = taken.groups + taken.dropped[:missing], taken.dropped[missing:]
         return taken
 
     def _fill(self, count: int) -> None:
@@ -173,7 +171,7 @@ class Rollouts:
             sample = await self._episode(item, member)
         finally:
             self.running -= 1
-        text = response_text(self.tokenizer, sample)
+        text = sample_text(self.tokenizer, sample)
         sample.records = await self._judging.ask((sample, text))
         sample.reward = self.judge.total(sample.problem, sample.records) + sample.environment_reward
         sample.judged = time.time()
@@ -200,7 +198,7 @@ class Rollouts:
                 own += [True] * len(made.token_ids)
                 reason, routed = made.finish_reason, made.routed_experts
                 self.tokens += len(made.token_ids)
-                said = self.tokenizer.decode(_without_end(made.token_ids, self.tokenizer.eos_id), skip_special=False)
+                said = self.tokenizer.decode(without_end(made.token_ids, self.tokenizer.eos_id), skip_special=False)
                 step = await asyncio.to_thread(episode.step, said) if self.environment.max_turns > 1 else episode.step(said)
                 reward += step.reward
                 if step.observation is None or reason == "length":
@@ -248,11 +246,7 @@ class Judge:
         return sum(weight * records[name].value for name, weight in self._weights_of(problem.source).items())
 
 
-def _without_end(ids: list[int], eos_id: int) -> list[int]:
-    return ids[:-1] if ids and ids[-1] == eos_id else ids
-
-
-def response_text(tokenizer: Tokenizer, sample: Sample) -> str:
+def sample_text(tokenizer: Tokenizer, sample: Sample) -> str:
     """What a reward judges: what the policy itself wrote, without end tokens at the ends of its turns; other special tokens are written
     out, so that none is missed."""
     own = sample.own or [True] * len(sample.completion.token_ids)
@@ -261,7 +255,7 @@ def response_text(tokenizer: Tokenizer, sample: Sample) -> str:
         if mine:
             turn.append(token)
         elif turn:
-            text += tokenizer.decode(_without_end(turn, tokenizer.eos_id), skip_special=False)
+            text += tokenizer.decode(without_end(turn, tokenizer.eos_id), skip_special=False)
             turn = []
     return text
 

@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ from r1mega.config.rl import RlConfig
 from r1mega.data.problems import load_problems
 from r1mega.data.prompts import PromptStream
 from r1mega.rl.batch import RolloutRow
+from r1mega.rl.environment import Single
 from r1mega.rl.learner import Learner
 from r1mega.rl.ledger import FOLDER, Frame, History, Ledger, next_start
-from r1mega.rl.metrics import RewardNames, mean_load, rollout_line
+from r1mega.rl.metrics import mean_load, rollout_line
 from r1mega.rl.push import PushReport, PushRuntime
-from r1mega.rl.reward.mix import FAILURES, keep_failures, names_of, weights_of, write_failures
+from r1mega.rl.reward.mix import FAILURES, by_reward, keep_failures, names_of, weights_of, write_failures
 from r1mega.rl.reward.runner import RewardRunner
-from r1mega.rl.rollouts import Judge, Plan, Rollouts, Taken, response_text
+from r1mega.rl.rollouts import Judge, Plan, Rollouts, Taken, sample_text
 from r1mega.rl.setup import encode_prompts, open_engine, open_policy, open_rewards, open_run_mesh, open_tokenizer, prompt_encoder
 from r1mega.rl.shaping import learnable_groups, overlong_penalties
 from r1mega.rl.types import Sample
@@ -77,7 +77,9 @@ class Run:
         self.learner = Learner(config, self.policy, config.policy_loss.build(), self.tokenizer.pad_id)
         problems = load_problems(config.data.problems, limit=config.data.limit)
         context = self.policy.model_config.max_position_embeddings
-        encode_prompts(self.tokenizer, problems, self.sizes.sampling.max_new_tokens, context)  # refuses before anything is generated
+        encode_prompts(
+            self.tokenizer, problems, self.sizes.sampling.max_new_tokens, context
+        )  # refuses before anything is generated
         self._place = Place.of(mesh, self.sizes.prompts_per_rollout)
         self.stream = PromptStream(problems, config.seed, self._place.number, self._place.count)
         self.state = TrainState(extra={"rollouts": 0, "seconds": 0.0})
@@ -101,7 +103,6 @@ class Run:
             stack.callback(self.rollouts.close)
         self.pusher = self._open_push()
         self.report: PushReport | None = None
-        self.names = RewardNames(names_of(config.reward.weights, config.reward.by_source))
         self.metrics = Metrics(self.folder, "rollout", self.sizes.rollouts, self.done, active=mesh.is_first, config=config)
         stack.callback(self.metrics.close)
         self._forget_failures()
@@ -118,7 +119,9 @@ class Run:
 
         def keeps(group: list[Sample]) -> bool:
             values = [sample.reward if wanted.by == "reward" else sample.records[wanted.by].value for sample in group]
-            return bool(learnable_groups(torch.tensor([values], dtype=torch.float64), torch.tensor([list(map(self._counts, group))])))
+            return bool(
+                learnable_groups(torch.tensor([values], dtype=torch.float64), torch.tensor([list(map(self._counts, group))]))
+            )
 
         return Plan(
             share=self._place.share,
@@ -214,7 +217,10 @@ class Run:
         for sample, advantage, count in zip(samples, advantages, counts, strict=True):
             sample.advantage = advantage
             rows.append(RolloutRow(sample.prompt, sample.completion, advantage, counts=count, own=sample.own))
-        told = self.names.values(samples, self.mesh.gather_objects)
+        names = names_of(self.config.reward.weights, self.config.reward.by_source)
+        told = by_reward([sample.records for sample in samples], names, self.mesh.gather_objects)
+        if not isinstance(self.config.environment, Single):
+            told["environment"] = [sample.environment_reward for sample in samples]
         punished = {"overlong": shaped} if sizes.overlong.cache_tokens else {}
         failed = [float(any(record.failure for record in sample.records.values())) for sample in samples]
         return rows, {**told, **punished, "reward": rewards, "reward_failed": failed}
@@ -228,13 +234,14 @@ class Run:
     @contextmanager
     def engine_asleep(self) -> Iterator[None]:
         """The engine's device memory is the trainer's meanwhile, where the engine can sleep and nothing runs ahead."""
-        is_sleeping = self.mesh.is_first and self.engine is not None and self.sizes.lag == 0 and self.sizes.oversample == 1.0
+        in_step = self.sizes.lag == 0 and self.sizes.oversample == 1.0
+        is_sleeping = in_step and self.mesh.is_first and self.engine.sleeps
         if is_sleeping:
             self.engine.sleep()
         self.mesh.barrier()
         yield
         if is_sleeping:
-            self.policy.mesh.device.empty_cache()
+            self.mesh.device.release_unused()
             self.engine.wake()
 
     def push(self) -> None:
@@ -272,14 +279,15 @@ class Run:
         self.ledger.write("use", {**place, "items": used, **about})
         if dropped:
             self.ledger.write("drop", {**place, "items": dropped, "reason": "rl.dynamic_sampling"})
-        texts = [response_text(self.tokenizer, sample) for sample in samples]
+        texts = [sample_text(self.tokenizer, sample) for sample in samples]
         records = [sample.records for sample in samples]
         write_failures(self.folder / FAILURES, self.done, [sample.problem for sample in samples], texts, records)
 
     def log(self, taken: Taken, rows: list[RolloutRow], told: dict[str, list[float]], results: list[StepResult]) -> None:
         """One metric line a rollout, over all ranks."""
         self.metrics.advance()
-        line = rollout_line(self.mesh, rows, taken, told, results, self.sizes.group_size)
+        first = self.learner.update_count - len(results)
+        line = rollout_line(self.mesh, rows, taken, told, results, self.sizes.group_size, first)
         if self.done % self.sizes.log_every and self.done != self.sizes.rollouts:
             return
         whole = sum(self.seconds.values())
@@ -288,9 +296,7 @@ class Run:
         line["idle_share"] = self.seconds.get("rollout", 0.0) / max(whole, 1e-9)
         line |= self.report.line() if self.report else {}
         place = {"update": self.learner.update_count, "rollout": self.done, "lr": self.learner.rate, "tokens": self.state.tokens}
-        self.metrics.log(
-            {**place, **self.policy.peak_gib(), **line, "expert_load": mean_load(results), **self.saver.metrics()}
-        )
+        self.metrics.log({**place, **self.policy.peak_gib(), **line, "expert_load": mean_load(results), **self.saver.metrics()})
 
     def save(self, asked: bool) -> None:
         """Begin a checkpoint where it is due, and where SIGTERM came (``asked``)."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from r1mega.device import open_device
 from r1mega.mesh import Mesh, open_mesh
 from r1mega.registry import lookup
 from r1mega.rl.engine import Engine, EngineRuntime
+from r1mega.rl.push import AutoPush, PushRuntime
 from r1mega.rl.reward.runner import RewardRunner
-from r1mega.rl.types import Completion
+from r1mega.rl.types import Completion, without_end
 from r1mega.train.manifest import tokenizer_of, tuned_model
 from r1mega.train.policy import Policy
 
@@ -33,17 +36,6 @@ def open_run_mesh(config: ComputeConfig) -> Mesh:
     return open_mesh(open_device(config.device), config.parallel, config.launch, config.seed)
 
 
-def over_context(mesh: Mesh, count: int, work: Callable[[slice], list[Any]]) -> list[Any]:
-    """``work(share)`` of ``count`` items that all context ranks of a data rank have: each does its share, all get the whole list.
-
-    So the ranks agree on it, whatever ``work`` depends on (rounding, a limit of time).
-    """
-    line = mesh.axes["context"]
-    share = slice(count * line.rank // line.size, count * (line.rank + 1) // line.size)
-    mine = work(share) if share.stop > share.start else []
-    return [item for part in mesh.gather_objects(mine, "context") for item in part]
-
-
 def open_policy(config: ComputeConfig, init: Path, mesh: Mesh, optim: OptimConfig | None, changes: dict[str, Any]) -> Policy:
     """A policy with a checkpoint's weights."""
     policy = Policy(tuned_model(init, changes), optim, mesh, config.precision)
@@ -56,16 +48,56 @@ def open_tokenizer(init: Path) -> Tokenizer:
     return load_tokenizer(tokenizer_of(init))
 
 
-def open_engine(choice: Any, policy: Policy, tokenizer: Tokenizer) -> Engine:
-    """The chosen engine for a policy's architecture; it has no weights yet."""
+def open_engine(choice: Any, policy: Policy, tokenizer: Tokenizer, folder: Path, generates: bool = True) -> Engine | None:
+    """The chosen engine for a policy's architecture, without weights yet; None on a rank that does not generate.
+
+    Servers are started, or found, by the first rank; the others are told where they are. Called by all ranks.
+    """
+    mesh = policy.mesh
     runtime = EngineRuntime(
         hf_config=policy.published_config(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id),
-        device=str(policy.mesh.device.torch_device),
+        device=str(mesh.device.torch_device),
         dtype=str(policy.torch_dtype).removeprefix("torch."),
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
+        folder=str(folder / "engine"),
+        tokenizer=str(tokenizer.path),
     )
-    return choice.build(runtime)
+    engine, failure = None, ""
+    try:
+        engine = choice.build(runtime) if mesh.is_first else None
+    except UserError as error:
+        failure = str(error)
+    mesh.agree(failure)
+    urls = mesh.broadcast_object(tuple(getattr(engine, "urls", ())))
+    if generates and engine is None:
+        engine = choice.build(replace(runtime, urls=urls))
+    return engine
+
+
+@contextmanager
+def serving(choice: Any, policy: Policy, tokenizer: Tokenizer, folder: Path) -> Iterator[Engine]:
+    """An engine that serves the policy's weights, for commands that do not train. Called by all ranks."""
+    engine = open_engine(choice, policy, tokenizer, folder)
+    try:
+        config = policy.published_config(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+        device, failure = str(policy.mesh.device.torch_device), ""
+        runtime = PushRuntime(engine, config, servers=lambda: engine.servers, device=device, folder=folder / "pushes")
+        try:
+            if policy.mesh.is_first or not getattr(engine, "urls", ()):
+                AutoPush().build(runtime).send(policy.published_tensors(), version=0)
+        except UserError as error:
+            failure = str(error)
+        policy.mesh.agree(failure)
+        engine.version = 0
+        yield engine
+    finally:
+        engine.close()
+
+
+def prompt_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """A question to the ids of the prompt that asks it."""
+    return lambda question: encode_prompt(tokenizer, question)
 
 
 def encode_prompts(tokenizer: Tokenizer, problems: Sequence[Problem], max_new_tokens: int, context: int) -> list[list[int]]:
@@ -82,8 +114,7 @@ def encode_prompts(tokenizer: Tokenizer, problems: Sequence[Problem], max_new_to
 
 def response_text(tokenizer: Tokenizer, completion: Completion) -> str:
     """What a reward judges: the response without its end token; other special tokens are written out, so that none is missed."""
-    ids = completion.token_ids
-    return tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids, skip_special=False)
+    return tokenizer.decode(without_end(completion.token_ids, tokenizer.eos_id), skip_special=False)
 
 
 def open_rewards(

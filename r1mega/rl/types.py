@@ -70,3 +70,8 @@ class Sample:
     def versions(self) -> tuple[int, ...]:
         """The versions that drew its tokens, in order."""
         return tuple(span[0] for span in self.completion.versions)
+
+
+def without_end(ids: list[int], eos_id: int) -> list[int]:
+    """A turn's tokens without the one that ended it, if one did."""
+    return ids[:-1] if ids and ids[-1] == eos_id else ids

@@ -92,8 +92,12 @@ class Policy:
         result.loss = result.stats.pop("objective")
         return result
 
-    def published_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All weights under their Hugging Face names, as views of the live ones."""
+    def published_tensors(self, everywhere: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """All weights under their Hugging Face names, as views of the live ones. Called, and walked to its end, by all ranks.
+
+        Where ranks hold parts, whole tensors are gathered as they are walked: on every rank, or, without ``everywhere``, on the first
+        alone, and the others yield nothing.
+        """
         return names.to_hf(self.model_config, self.trainee.named_tensors())
 
     def published_config(self, *, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> dict[str, Any]:

@@ -22,8 +22,13 @@ from r1mega.config.run import ParallelConfig, SamplingConfig
 from r1mega.mesh import close_mesh
 from r1mega.rl.advantage import GroupAdvantage
 from r1mega.rl.engine import LocalEngine
-from r1mega.rl.loop import RlLoop, rl
+from r1mega.rl.environment import Single
+from r1mega.rl.learner import Learner
+from r1mega.rl.ledger import History
+from r1mega.rl.loop import rl, turn
 from r1mega.rl.loss import GrpoLoss
+from r1mega.rl.push import AutoPush
+from r1mega.rl.run import Run
 from r1mega.rl.setup import open_run_mesh
 from r1mega.testing.ranks import run_ranks
 from r1mega.train import checkpoint
@@ -41,7 +46,11 @@ SIZES = RolloutConfig(
     ref_refresh_updates=3,
     save_every=1,
 )
-TIMED = ("seconds_rollout", "seconds_reward", "seconds_score", "seconds_train", "seconds_push", "peak_gib", "save_stall_seconds")
+TIMED = (
+    "seconds_rollout", "seconds_value", "seconds_score", "seconds_train", "seconds_push", "peak_gib", "save_stall_seconds",
+    "idle_share", "push_seconds", "push_gbps", "push_proof_seconds",
+)  # fmt: skip
+MAY_BE_NOTHING = ("seconds_reward", "generated_tokens_per_second", "tokens_per_second", "slowest_reward_seconds")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +75,8 @@ def config(place: Path, out: Path, **sizes: Any) -> RlConfig:
         advantage=GroupAdvantage(),
         policy_loss=GrpoLoss(),
         engine=LocalEngine(),
+        push=AutoPush(),
+        environment=Single(),
         optim=replace(OPTIM, warmup_steps=1, decay="constant"),
     )
 

@@ -48,8 +48,8 @@ class Engine(Protocol):
 
     version: int
     """Of the weights that are served; -1 before the first whole push and after one that failed."""
-    pushes: str
-    """The choice of kind ``push`` that brings its weights where none is named."""
+    sleeps: bool
+    """Does :meth:`sleep` give memory back?"""
 
     async def complete(self, request: Request) -> Completion:
         """The response. Many requests run side by side; where there is no version, UserError."""

@@ -36,7 +36,7 @@ SHRINK_SHARE = 0.1
 class InProcessEngine:
     """See :class:`r1mega.rl.engine.contract.Engine`; ``model`` is transformers' ``DeepseekV3ForCausalLM``."""
 
-    pushes = "memory"
+    sleeps = False
 
     def __init__(self, choice: LocalEngine, runtime: EngineRuntime):
         if runtime.hf_config.get("model_type", "deepseek_v3") != "deepseek_v3":
@@ -221,5 +221,7 @@ def _uniform(seeds: list[str], block: int) -> torch.Tensor:
     for row, seed in enumerate(seeds):
         # torch's CPU generator takes 32 bits of a seed: hash, so that neighbouring seeds and blocks share nothing.
         digest = hashlib.blake2b(f"{seed}/{block}".encode(), digest_size=4).digest()
-        torch.rand(DRAWN_STEPS, dtype=torch.float64, generator=generator.manual_seed(int.from_bytes(digest, "little")), out=rows[row])
+        torch.rand(
+            DRAWN_STEPS, dtype=torch.float64, generator=generator.manual_seed(int.from_bytes(digest, "little")), out=rows[row]
+        )
     return rows

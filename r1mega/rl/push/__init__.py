@@ -5,7 +5,7 @@
 ends up in a server, ``hashing`` and ``proof`` how that is known, ``probe`` how it is guessed where a server reports nothing.
 """
 
-from r1mega.rl.push.choices import DiskPush, DistributedPush, MemoryPush, TensorPush
+from r1mega.rl.push.choices import AutoPush, DiskPush, DistributedPush, MemoryPush, TensorPush
 from r1mega.rl.push.contract import Push, PushReport, PushRuntime
 
-__all__ = ["DiskPush", "DistributedPush", "MemoryPush", "Push", "PushReport", "PushRuntime", "TensorPush"]
+__all__ = ["AutoPush", "DiskPush", "DistributedPush", "MemoryPush", "Push", "PushReport", "PushRuntime", "TensorPush"]

@@ -40,6 +40,16 @@ class MemoryPush:
         return ToMemory(self, runtime)
 
 
+@register("push", "auto")
+@dataclass(frozen=True)
+class AutoPush:
+    """``memory`` to an engine in this process, ``tensor`` to servers, both with their usual knobs."""
+
+    def build(self, runtime: PushRuntime) -> Push:
+        """The push that the engine of ``runtime`` takes."""
+        return (MemoryPush() if hasattr(runtime.engine, "load_weights") else TensorPush()).build(runtime)
+
+
 @dataclass(frozen=True)
 class ServerWay:
     """The knobs of every way to servers."""
