@@ -62,6 +62,11 @@ class PromptStream:
             self._done.remove(self.consumed)
             self.consumed += 1
 
+    def done_until(self, state: dict[str, Any]) -> list[int]:
+        """Numbers that are done in a later cursor and not in this one."""
+        later = set(range(self.consumed, state["consumed"])) | set(state["done"])
+        return sorted(item for item in later if item >= self.consumed and item not in self._done)
+
     def state_dict(self) -> dict[str, Any]:
         """The cursor, as JSON values: what is done, over all ranks where :meth:`finish` was told of all."""
         return {"consumed": self.consumed, "done": sorted(self._done), "seed": self.seed, "sha256": self._sha256}

@@ -13,6 +13,7 @@ from typing import Any
 
 from r1mega.config.errors import Stopped, UserError
 from r1mega.config.rl import RlConfig
+from r1mega.rl.rollouts import Taken
 from r1mega.rl.run import Run, opened
 from r1mega.train import stop
 from r1mega.train.trainee import StepResult
@@ -40,7 +41,7 @@ def turn(run: Run) -> None:
         with run.timed("train"):
             results = run.learner.train(rows, run.done)
     run.saver.poll()
-    if went_back(run, results):
+    if went_back(run, taken, results):
         return
     run.push()
     run.count(taken, rows, time.perf_counter() - began)
@@ -56,7 +57,7 @@ def turn(run: Run) -> None:
         )
 
 
-def went_back(run: Run, results: list[StepResult]) -> bool:
+def went_back(run: Run, taken: Taken, results: list[StepResult]) -> bool:
     """Log updates that were not applied and, where the run shall and can, go back; the prompts stay moved on."""
     troubles = [result.trouble for result in results if result.trouble]
     if not troubles:
@@ -70,7 +71,7 @@ def went_back(run: Run, results: list[StepResult]) -> bool:
         )
     for trouble in troubles:
         run.learner.health.trouble(trouble)
-    is_back = wanted == "rollback" and run.go_back()
+    is_back = wanted == "rollback" and run.go_back(taken)
     told = f"rolled back to rollout {run.done}" if is_back else f"{len(troubles)} of its updates skipped"
     run.metrics.event(told, number, troubles[0])
     if is_back:

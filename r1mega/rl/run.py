@@ -268,9 +268,7 @@ class Run:
         extra["seconds"] += seconds
         self.state.step = self.learner.update_count
         self.state.tokens += sum(self.mesh.gather_objects(sum(row.size for row in rows)))
-        used, dropped = ([group[0].item for group in groups] for groups in (taken.groups, taken.dropped))
-        for items in self.mesh.gather_objects(used + dropped):
-            self.stream.finish(items)
+        used, dropped = self._finish(taken)
         if not self._place.writes:
             return
         place = {"rollout": self.done, "update": self.learner.update_count, "consumed": self.stream.consumed}
@@ -282,6 +280,13 @@ class Run:
         texts = [sample_text(self.tokenizer, sample) for sample in samples]
         records = [sample.records for sample in samples]
         write_failures(self.folder / FAILURES, self.done, [sample.problem for sample in samples], texts, records)
+
+    def _finish(self, taken: Taken) -> tuple[list[int], list[int]]:
+        """All ranks' questions of a rollout are done; this data rank's that were used, and that were dropped."""
+        used, dropped = ([group[0].item for group in groups] for groups in (taken.groups, taken.dropped))
+        for items in self.mesh.gather_objects(used + dropped):
+            self.stream.finish(items)
+        return used, dropped
 
     def log(self, taken: Taken, rows: list[RolloutRow], told: dict[str, list[float]], results: list[StepResult]) -> None:
         """One metric line a rollout, over all ranks."""
@@ -307,20 +312,26 @@ class Run:
             self.state.cursor = self.stream.state_dict()
             self.policy.save(self.saver, self.state)
 
-    def go_back(self) -> bool:
-        """Back to the last checkpoint, with other prompts; false where there is none."""
+    def go_back(self, taken: Taken) -> bool:
+        """Back to the last checkpoint, with other questions than those of ``taken`` and of the rollouts that are undone; false where
+        there is no checkpoint."""
         held = checkpoint.newest_whole(self.mesh, self.checkpoints)
         if held is None:
             return False
         if self.rollouts is not None:
             self.rollouts.abandon()
+        self._finish(taken)
         moved_on, start, health = self.stream.state_dict(), self.state.extra["ledger_start"], self.learner.health.state_dict()
         self._take_state(self.policy.load(held, weights_only=False, verified=True))
+        undone = self.stream.done_until(moved_on)
         self.stream.load_state_dict(moved_on)
         self.learner.health.load_state_dict(health)
         self.state.extra["ledger_start"] = start
         self.saver.go_on(held)
         self.ledger.write("back", {"rollout": self.done, "update": self.learner.update_count})
+        if self.mesh.is_first:
+            place = {"rollout": self.done + 1, "update": self.learner.update_count, "consumed": self.stream.consumed}
+            self.ledger.write("drop", {**place, "items": undone, "reason": "rl.on_spike"})
         self._forget_failures()
         return True
 

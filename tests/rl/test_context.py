@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from r1mega.config.run import ParallelConfig
 from r1mega.mesh import close_mesh
 from r1mega.rl.batch import RolloutRow, microbatches
-from r1mega.rl.loop import RlLoop
-from r1mega.rl.setup import open_run_mesh, over_context
+from r1mega.rl.loop import turn
+from r1mega.rl.run import Place, Run
+from r1mega.rl.setup import open_run_mesh
 from r1mega.rl.types import Completion
 from r1mega.testing.ranks import run_ranks
 from r1mega.train import checkpoint
@@ -38,55 +40,59 @@ def rows(equal: bool) -> list[RolloutRow]:
     return made
 
 
-def opened(place: Path, out: Path, model: dict[str, Any], **degrees: Any) -> RlLoop:  # noqa: F811
+def opened(place: Path, out: Path, model: dict[str, Any], stack: ExitStack, **degrees: Any) -> Run:  # noqa: F811
     settings = config(place, out, micro_batch_size=3)
     settings.model, settings.parallel = model, ParallelConfig(**degrees)
-    return RlLoop(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits())
+    run = Run(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits(), stack)
+    stack.enter_context(run.saver)
+    return run
 
 
 def updated(place: Path, out: Path, **degrees: Any) -> list[dict[str, Any]]:  # noqa: F811
     """Two updates on given rows, twice: without the balance on rows of many lengths, with it on equal rows."""
     found = []
     for number, (model, equal) in enumerate(((BALANCE_OFF, False), ({"seq_aux_loss_coef": 0.05}, True))):
-        loop = opened(place, out / str(number), model, **degrees)
-        batch = rows(equal)
-        loop.score(batch)
-        before = [(row.old, row.ref) for row in batch]
-        results = loop.train(batch)
-        loop.score(batch)
-        numbers = [(result.loss, result.grad_norm, result.stats, result.aux_loss) for result in results]
-        found.append(
-            {"before": before, "after": [(row.old, row.ref) for row in batch], "numbers": numbers, "weights": weights(loop)}
-        )
-        loop.metrics.close()
+        with ExitStack() as stack:
+            run = opened(place, out / str(number), model, stack, **degrees)
+            batch = rows(equal)
+            run.learner.score(batch)
+            before = [(row.old, row.ref) for row in batch]
+            results = run.learner.train(batch, 0)
+            run.learner.score(batch)
+            numbers = [(result.loss, result.grad_norm, result.stats, result.aux_loss) for result in results]
+            found.append(
+                {"before": before, "after": [(row.old, row.ref) for row in batch], "numbers": numbers, "weights": weights(run)}
+            )
     return found
 
 
 def rolled_out(place: Path, out: Path, **degrees: Any) -> dict[str, Any]:  # noqa: F811
     """A whole loop: what was drawn, how much of it here, the weights at the end."""
-    loop = opened(place, out, BALANCE_OFF, **degrees)
-    drawn, shares = [], []
-    generate, judge, engine = loop.generate, loop.judge, loop.engine.generate
+    with ExitStack() as stack:
+        run = opened(place, out, BALANCE_OFF, stack, **degrees)
+        drawn, shares = [], []
+        take, value, generate = run.take, run.value, run.engine.generate
 
-    def counted(prompts, *args):
-        shares.append(len(prompts))
-        return engine(prompts, *args)
+        def counted(prompts, *args):
+            shares.append(len(prompts))
+            return generate(prompts, *args)
 
-    def kept():
-        batch, problems = generate()
-        drawn.append([row.completion for row in batch])
-        return batch, problems
+        def kept():
+            made = take()
+            drawn.append([sample.completion for sample in made.samples])
+            return made
 
-    def judged(batch, problems):
-        rewards = judge(batch, problems)
-        drawn.append([row.advantage for row in batch])
-        return rewards
+        def valued(made):
+            found = value(made)
+            drawn.append([row.advantage for row in found[0]])
+            return found
 
-    loop.engine.generate, loop.generate, loop.judge = counted, kept, judged
-    for _ in range(2):
-        loop.rollout()
-    loop.finish()
-    return {"drawn": drawn, "shares": shares, "weights": weights(loop)}
+        run.engine.generate, run.take, run.value = counted, kept, valued
+        run.push()
+        for _ in range(2):
+            turn(run)
+        run.finish()
+        return {"drawn": drawn, "shares": shares, "weights": weights(run)}
 
 
 def two_ranks(place: Path, out: Path) -> dict[str, Any]:  # noqa: F811
@@ -146,17 +152,24 @@ def test_ranks_share_the_generating_and_agree(two, place: Path) -> None:  # noqa
     assert [line["rollout"] for line in told] == [1, 2] and all(line["rollout_diff_max"] < 1e-4 for line in told)
 
 
-def test_every_item_is_done_once_whatever_the_number_of_ranks() -> None:
+def test_places_share_the_groups_whatever_the_number_of_ranks() -> None:
     from types import SimpleNamespace
 
-    for size in (1, 2, 3, 5):
-        done: list[int] = []
-        for rank in range(size):
-            mesh = SimpleNamespace(
-                axes={"context": SimpleNamespace(rank=rank, size=size)}, gather_objects=lambda mine, axis: [mine]
-            )
-            done += over_context(mesh, 4, lambda share: list(range(4))[share])
-        assert done == [0, 1, 2, 3]
+    def mesh(data, context, tensor):
+        axes = {name: SimpleNamespace(rank=rank, size=size) for name, (rank, size) in {"context": context, "tensor": tensor}.items()}
+        axes["pipeline"] = SimpleNamespace(rank=0, size=1)
+        return SimpleNamespace(axes=axes, data_rank=data[0], data_size=data[1])
+
+    for data, context, tensor, groups in ((1, 1, 1, 4), (2, 2, 1, 4), (2, 3, 2, 4), (1, 2, 2, 6)):
+        places = [
+            Place.of(mesh((d, data), (c, context), (t, tensor)), groups)
+            for d in range(data)
+            for c in range(context)
+            for t in range(tensor)
+        ]
+        working = [place for place in places if place.generates]
+        assert sorted(place.number for place in working) == list(range(working[0].count)), "each number once"
+        assert sum(place.share for place in working) == groups and sum(place.writes for place in places) == data
 
 
 def test_rows_are_padded_to_what_the_layout_cuts() -> None:

@@ -9,7 +9,9 @@ import random
 import shutil
 import signal
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from r1mega.config.rl import ProblemDataConfig, RewardConfig, RlConfig, RolloutC
 from r1mega.config.run import ParallelConfig, SamplingConfig
 from r1mega.mesh import close_mesh
 from r1mega.rl.advantage import GroupAdvantage
+from r1mega.rl.batch import RolloutRow
 from r1mega.rl.engine import LocalEngine
 from r1mega.rl.environment import Single
 from r1mega.rl.learner import Learner
@@ -28,6 +31,7 @@ from r1mega.rl.ledger import History
 from r1mega.rl.loop import rl, turn
 from r1mega.rl.loss import GrpoLoss
 from r1mega.rl.push import AutoPush
+from r1mega.rl.rollouts import Rollouts
 from r1mega.rl.run import Run
 from r1mega.rl.setup import open_run_mesh
 from r1mega.testing.ranks import run_ranks
@@ -129,17 +133,39 @@ def test_two_rollouts(place: Path, straight) -> None:
     assert "output_layer.weight" in moved and any("experts" in name for name in moved)
     state = checkpoint.read_state(latest(place / "straight/checkpoints"))
     assert state["init"]["digest"] == checkpoint.digest(place / "seed") and state["cursor"]["consumed"] == 4
+    for line in told:
+        assert line["push_proof"] == "checksum" and line["push_bytes"] > 0 and line["staleness_max"] == 0 and line["turns"] == 1
+        assert 0 <= line["idle_share"] <= 1 and line["dropped_groups"] == 0 and line["slowest_reward_seconds"] >= 0
+
+
+def test_the_ledger_says_what_each_rollout_used(place: Path, straight) -> None:
+    history = History(place / "straight/ledger")
+    assert history.audit() == []
+    uses = history.uses()
+    assert [frame.values["items"] for frames in uses.values() for frame in frames] == [[0, 1], [2, 3]]
+    known = history.by_id()
+    for (frame,) in uses.values():
+        samples = [known[name] for name in frame.values["samples"]]
+        assert [(entry.values["item"], entry.values["member"]) for entry in samples] == [
+            (item, member) for item in frame.values["items"] for member in range(4)
+        ]
+        for entry, advantage in zip(samples, frame.values["advantages"], strict=True):
+            arrays = entry.arrays()
+            assert len(arrays["tokens"]) == len(arrays["logprobs"]) <= 6 and math.isfinite(advantage)
+            version = 0 if frame.values["rollout"] == 1 else 2
+            assert entry.values["versions"] == [[version, 0, len(arrays["tokens"])]]
+            assert set(entry.values["rewards"]) == {"accuracy", "format"}
 
 
 def test_a_run_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(place: Path, straight, digits, tmp_path, monkeypatch) -> None:
-    true = RlLoop.score
+    true = Learner.score
 
     def signalled(self, rows):
-        monkeypatch.setattr(RlLoop, "score", true)
+        monkeypatch.setattr(Learner, "score", true)
         os.kill(os.getpid(), signal.SIGTERM)
         return true(self, rows)
 
-    monkeypatch.setattr(RlLoop, "score", signalled)
+    monkeypatch.setattr(Learner, "score", signalled)
     with pytest.raises(Stopped, match="stopped: SIGTERM came, rollout 1 of 2 is saved; the same command goes on from there"):
         rl(config(place, tmp_path / "run", save_every=0))
     assert [line["rollout"] for line in lines(tmp_path / "run")] == [1]
@@ -177,6 +203,10 @@ def test_an_update_that_is_not_finite(place: Path, digits, tmp_path, monkeypatch
     assert "loss nan" in told[1]["reason"] and all(math.isfinite(told[2][name]) for name in ("loss", "grad_norm", "entropy", "kl"))
     cursor = checkpoint.read_state(latest(tmp_path / "run/checkpoints"))["cursor"]
     assert cursor["consumed"] == (4 if on_spike == "skip" else 6), "after a roll-back the prompts are others"
+    history = History(tmp_path / "run/ledger")
+    assert history.audit() == []
+    dropped = [frame.values["items"] for frames in history.uses().values() for frame in frames if frame.kind == "drop"]
+    assert dropped == ([] if on_spike == "skip" else [[2, 3]])
     assert all(torch.isfinite(value).all() for value in stored(latest(tmp_path / "run/checkpoints")).values())
 
 
@@ -184,24 +214,30 @@ def test_a_run_that_is_cut_off_goes_on_bit_for_bit(place: Path, straight, digits
     class CutOff(Exception):
         pass
 
-    train = RlLoop.train
+    train = Learner.train
 
-    def cut(self, rows):
-        if self.state.extra["rollouts"] == 1:
+    def cut(self, rows, rollout):
+        if rollout == 1:
             raise CutOff
-        return train(self, rows)
+        return train(self, rows, rollout)
 
     with monkeypatch.context() as patch, pytest.raises(CutOff):
-        patch.setattr(RlLoop, "train", cut)
-        rl(config(place, place / "cut"))
-    rl(config(place, place / "cut"))
+        patch.setattr(Learner, "train", cut)
+        rl(config(place, place / "cut", async_save=False))
+    made = []
+    true = Rollouts._episode
+    with monkeypatch.context() as patch:
+        patch.setattr(Rollouts, "_episode", lambda self, item, member: made.append((item, member)) or true(self, item, member))
+        rl(config(place, place / "cut", async_save=False))
+    assert made == [], "what had been judged before the crash is not made again"
+    assert History(place / "cut/ledger").audit() == []
     ours, theirs = (latest(place / name / "checkpoints") for name in ("straight", "cut"))
     left, right = stored(ours), stored(theirs)
     assert left.keys() == right.keys() and not [name for name in left if not torch.equal(left[name], right[name])]
     references = [torch.load(path / "reference.pt", weights_only=True) for path in (ours, theirs)]
     assert all(torch.equal(tensor, references[1][name]) for name, tensor in references[0].items())
     told = [
-        [{key: value for key, value in line.items() if key not in TIMED} for line in lines(place / name)]
+        [{key: value for key, value in line.items() if key not in (*TIMED, *MAY_BE_NOTHING)} for line in lines(place / name)]
         for name in ("straight", "cut")
     ]
     assert told[0] == told[1]
@@ -209,20 +245,25 @@ def test_a_run_that_is_cut_off_goes_on_bit_for_bit(place: Path, straight, digits
 
 @pytest.fixture
 def loop(place: Path, tmp_path: Path):
-    """A loop before its first rollout; ``loop(**sizes)``."""
-    made = []
+    """A run before its first rollout; ``loop(**sizes)``."""
+    with ExitStack() as stack:
+        numbers = count()
 
-    def make(**sizes: Any) -> RlLoop:
-        settings = config(place, tmp_path / f"run{len(made)}", **sizes)
-        made.append(RlLoop(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits()))
-        return made[-1]
+        def make(**sizes: Any) -> Run:
+            settings = config(place, tmp_path / f"run{next(numbers)}", **sizes)
+            run = Run(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits(), stack)
+            run.push()
+            return run
 
-    yield make
-    for each in made:
-        each.metrics.close()
+        yield make
 
 
-def weights(run: RlLoop) -> dict[str, torch.Tensor]:
+def taken(run: Run) -> tuple[list[RolloutRow], dict[str, list[float]]]:
+    """Rows of the next rollout, and what the rewards said."""
+    return run.value(run.take())
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in run.policy.trainee.named_tensors()}
 
 
@@ -233,42 +274,40 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 def test_the_reference_is_refreshed_every_so_many_updates(loop) -> None:
     run = loop()
     start = weights(run)
-    rows, problems = run.generate()
-    run.judge(rows, problems)
-    run.score(rows)
+    rows, _ = taken(run)
+    learner = run.learner
+    learner.score(rows)
     assert same(run.policy._reference, start) and same(weights(run), start), (
         "scoring with the reference leaves the policy as it was"
     )
     assert all(torch.equal(row.old, row.ref) for row in rows), "at first the policy is the reference"
-    run.train(rows)  # updates 1 and 2
+    learner.train(rows, 0)  # updates 1 and 2
     assert same(run.policy._reference, start) and not same(weights(run), start)
-    run.update(rows[:4])  # update 3
+    learner.update(rows[:4])  # update 3
     assert same(run.policy._reference, weights(run))
-    run.update(rows[4:])
+    learner.update(rows[4:])
     assert not same(run.policy._reference, weights(run))
 
 
 def test_never_refreshed_and_scored_apart(loop) -> None:
     run = loop(ref_refresh_updates=0)
     start = weights(run)
-    rows, problems = run.generate()
-    run.judge(rows, problems)
-    run.score(rows)
-    for _ in range(3):
-        run.train(rows)
+    rows, _ = taken(run)
+    run.learner.score(rows)
+    for rollout in range(3):
+        run.learner.train(rows, rollout)
     assert same(run.policy._reference, start)
-    run.score(rows)
+    run.learner.score(rows)
     assert any((row.old - row.ref).abs().max() > 1e-4 for row in rows)
 
 
 def test_a_rollout_is_cut_into_its_updates(loop, monkeypatch) -> None:
     for updates, sizes in ((1, [8]), (2, [4, 4]), (4, [2, 2, 2, 2])):
         run = loop(updates_per_rollout=updates)
-        rows, problems = run.generate()
-        run.judge(rows, problems)
+        rows, _ = taken(run)
         seen = []
-        monkeypatch.setattr(run, "update", lambda part, seen=seen: seen.append(part))
-        run.train(rows)
+        monkeypatch.setattr(run.learner, "update", lambda part, seen=seen: seen.append(part))
+        run.learner.train(rows, 0)
         assert [len(part) for part in seen] == sizes
         assert Counter(id(row) for part in seen for row in part) == Counter(map(id, rows)), "each row once"
         assert updates == 1 or [row for part in seen for row in part] != rows, "in random order"
@@ -276,10 +315,10 @@ def test_a_rollout_is_cut_into_its_updates(loop, monkeypatch) -> None:
 
 def test_rows_carry_their_groups_advantage(loop) -> None:
     run = loop()
-    rows, problems = run.generate()
-    assert len(rows) == 8 and all(problems[start : start + 4] == [problems[start]] * 4 for start in (0, 4))
+    rows, told = taken(run)
+    assert len(rows) == 8
     assert all(row.prompt == rows[0].prompt for row in rows[:4]) and rows[4].prompt != rows[0].prompt
-    rewards = torch.tensor(run.judge(rows, problems)["reward"]).view(2, 4)
+    rewards = torch.tensor(told["reward"]).view(2, 4)
     centred = rewards - rewards.mean(1, keepdim=True)
     for got, want in zip(torch.tensor([row.advantage for row in rows]).view(2, 4), centred, strict=True):
         assert got.sum().abs() < 1e-5 and torch.equal(got.sign(), want.sign())
@@ -287,16 +326,15 @@ def test_rows_carry_their_groups_advantage(loop) -> None:
 
 def test_shuffled_rewards_are_the_same_ones_elsewhere(loop) -> None:
     run, control = loop(), loop(shuffle_rewards=True)
-    rows, problems = run.generate()
-    plain = run.judge(rows, problems)
-    shuffled = control.judge(rows, problems)
+    made = run.take()
+    plain, shuffled = run.value(made)[1], control.value(made)[1]
     assert shuffled["accuracy"] == plain["accuracy"], "what was earned is still told"
     assert Counter(shuffled["reward"]) == Counter(plain["reward"]) and len(set(plain["reward"])) > 1
     values = [float(number) for number in range(64)]
-    assert sorted(control._shuffled(values)) == values != control._shuffled(values)
-    first = control._shuffled(values)
+    assert sorted(control.shuffled(values)) == values != control.shuffled(values)
+    first = control.shuffled(values)
     control.state.extra["rollouts"] = 1
-    assert control._shuffled(values) != first, "another order in each rollout"
+    assert control.shuffled(values) != first, "another order in each rollout"
 
 
 def test_the_real_rewards_run(place: Path, tmp_path: Path) -> None:
@@ -316,19 +354,36 @@ def test_layouts_that_no_engine_can_take_are_refused(place: Path, tmp_path: Path
 def two_ranks(place: Path, out: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[float]]:
     """One rank's loop: its result, its weights at the end, the log-probabilities that it drew its responses with."""
     settings = config(place, out)
-    loop = RlLoop(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits())
     drawn = []
-    generate = loop.generate
+    with ExitStack() as stack:
+        run = Run(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits(), stack)
+        stack.enter_context(run.saver)
+        take = run.take
 
-    def keep():
-        rows, problems = generate()
-        drawn.extend(value for row in rows for value in row.completion.logprobs)
-        return rows, problems
+        def keep():
+            made = take()
+            drawn.extend(value for sample in made.samples for value in sample.completion.logprobs)
+            return made
 
-    loop.generate = keep
-    for _ in range(settings.rl.rollouts):
-        loop.rollout()
-    return loop.finish(), weights(loop), drawn
+        run.take = keep
+        run.push()
+        for _ in range(settings.rl.rollouts):
+            turn(run)
+        return run.finish(), weights(run), drawn
+
+
+@pytest.mark.parametrize("sizes", [{"lag": 1}, {"lag": 2, "oversample": 1.5}])
+def test_running_ahead(place: Path, digits, tmp_path: Path, sizes) -> None:
+    """Bounded staleness, every question once, also over a cut and a start with another lag."""
+    rl(config(place, tmp_path / "run", rollouts=4, **sizes))
+    told = lines(tmp_path / "run")
+    bound = 2 * (sizes["lag"] + ("oversample" in sizes))
+    assert [line["rollout"] for line in told] == [1, 2, 3, 4] and max(line["staleness_max"] for line in told) > 0
+    assert all(line["staleness"] <= line["staleness_max"] <= bound for line in told), "two updates a rollout"
+    rl(config(place, tmp_path / "run", rollouts=5))
+    history = History(tmp_path / "run/ledger")
+    assert history.audit() == [] and sorted(history.uses()) == [1, 2, 3, 4, 5]
+    assert lines(tmp_path / "run")[-1]["staleness_max"] <= bound
 
 
 def test_two_ranks_share_the_questions_and_agree_on_the_weights(place: Path) -> None:

@@ -132,7 +132,8 @@ def main(arguments: list[str]) -> int:
                 print(error, file=sys.stderr)
                 return 2
             return 0
-        losses[name] = kept["losses"]
+        if name in names:
+            losses[name] = kept["losses"]
     plain = means(losses[names[0]], options["window"])
     differences = {}
     for name in names[1:]:
