@@ -99,9 +99,10 @@ def _fitting(config: ComputeConfig, axis: str, degrees: tuple[int, ...]) -> tupl
 
 
 def whole_model_violations(config: ComputeConfig) -> Iterator[Violation]:
-    """A rank of these commands hands whole weights to its engine or its file; RL alone cuts sequences, in its training steps."""
-    axes = ("tensor", "pipeline", "expert", "expert_tensor", *(() if isinstance(config, RlConfig) else ("context",)))
-    for axis in axes:
+    """A rank of these commands hands whole weights to its engine or its file; RL gathers them for that."""
+    if isinstance(config, RlConfig):
+        return
+    for axis in ("tensor", "pipeline", "expert", "expert_tensor", "context"):
         degree, key = getattr(config.parallel, axis), f"parallel.{axis}"
         if degree != 1:
             yield Violation(key, "1, every rank of this command holds whole weights", degree, ((key, (1,)),))

@@ -80,6 +80,20 @@ def logits(model: torch.nn.Module, tokens_BS: torch.Tensor, part: ContextPart = 
     return output[..., : _num_tokens(inner, output.shape[-1])].float() if inner.post_process else output
 
 
+def whole_logits(model: torch.nn.Module, tokens_BS: torch.Tensor, part: ContextPart = ALONE) -> torch.Tensor:
+    """:func:`logits` with all of V on every tensor rank; the gradient goes back to the ranks' own parts."""
+    inner = _stage(model)
+    group = inner.pg_collection.tp
+    if not inner.post_process or group.size() == 1:
+        return logits(model, tokens_BS, part)
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    with without_mtp(inner):
+        own = model(tokens_BS, _positions(tokens_BS, part), None)
+    whole = gather_from_tensor_model_parallel_region(own, group=group)
+    return whole[..., : whole.shape[-1] - getattr(inner, "vocab_padding", 0)].float()
+
+
 def hidden(model: torch.nn.Module, tokens_BS: torch.Tensor, part: ContextPart = ALONE) -> Hidden | torch.Tensor:
     """What :func:`logits` are made of, with one tensor rank: the head's input and the head. A stage without it as there."""
     inner = _stage(model)

@@ -20,10 +20,11 @@ from r1mega.config.train import OptimConfig
 from r1mega.mesh import Mesh
 from r1mega.model import names, published
 from r1mega.model.context import ContextPart
-from r1mega.model.forward import hidden, logits
+from r1mega.model.forward import hidden, whole_logits
 from r1mega.model.outputs import Hidden
 from r1mega.train import checkpoint
 from r1mega.train.checkpoint import TrainState
+from r1mega.train.gathering import take_parts, whole_tensors
 from r1mega.train.saving import Saver
 from r1mega.train.trainee import Judge, StepResult, Trainee
 
@@ -58,16 +59,14 @@ class Policy:
         return self.part.multiple * self.mesh.axes["tensor"].size
 
     def _output(self, model: torch.nn.Module, batch: HasTokens) -> torch.Tensor | Hidden:
-        return (hidden if self.mesh.parallel.fused_loss else logits)(model, batch.tokens_BS, self.part)
+        return (hidden if self.mesh.parallel.fused_loss else whole_logits)(model, batch.tokens_BS, self.part)
 
     def score(self, batches: Sequence[HasTokens], read: Callable[[Any, Any], Any]) -> list[Any]:
         """``read(output, batch)`` for every microbatch, without gradients.
 
         ``output``: logits ``[B, S, V]``, or, with ``parallel.fused_loss``, :class:`r1mega.model.outputs.Hidden`.
         """
-        self.trainee.model.eval()
-        with torch.no_grad():
-            return [read(self._output(self.trainee.model, batch), batch) for batch in batches]
+        return self.trainee.read(batches, self._output, read)
 
     def update(
         self,
@@ -98,7 +97,7 @@ class Policy:
         Where ranks hold parts, whole tensors are gathered as they are walked: on every rank, or, without ``everywhere``, on the first
         alone, and the others yield nothing.
         """
-        return names.to_hf(self.model_config, self.trainee.named_tensors())
+        return names.to_hf(self.model_config, whole_tensors(self.trainee, everywhere=everywhere))
 
     def published_config(self, *, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> dict[str, Any]:
         """``config.json`` of the published format."""
@@ -128,10 +127,18 @@ class Policy:
         state = checkpoint.load(self.trainee, path, weights_only=weights_only, verified=verified)
         held = checkpoint.resolve(path) / "reference.pt"
         if not weights_only and held.is_file():
-            self._reference = torch.load(held, weights_only=True, map_location=self.mesh.device.torch_device)
+            whole = torch.load(held, weights_only=True, map_location="cpu", mmap=True)
+            own = {name: tensor.clone() for name, tensor in self.trainee.named_tensors()}
+            take_parts(self.trainee, whole)
+            self.copy_to_reference()
+            self._put(own)
         return state
 
     def save(self, saver: Saver, state: TrainState) -> Path:
-        """Begin a checkpoint with the reference beside the weights; see :meth:`r1mega.train.saving.Saver.begin`."""
-        extra = {"reference.pt": self._reference} if self._reference is not None else {}
+        """Begin a checkpoint with the whole reference beside the weights; see :meth:`r1mega.train.saving.Saver.begin`."""
+        extra = {}
+        if self._reference is not None:
+            with self.as_reference():
+                whole = {name: tensor.cpu().clone() for name, tensor in whole_tensors(self.trainee, everywhere=False)}
+            extra = {"reference.pt": whole}
         return saver.begin(self.trainee, state, extra)

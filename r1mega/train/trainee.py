@@ -7,7 +7,7 @@ the gradients, and their buffers need no division of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,6 +220,18 @@ class Trainee:
         with torch.no_grad():
             total, count, _ = self._run(microbatches, forward, loss, forward_only=True)
         return total / max(count, 1), count
+
+    def read(self, microbatches: Sequence[Any], forward: Callable, look: Callable[[Any, Any], Any]) -> list[Any]:
+        """``look(output, batch)`` for every microbatch, without gradients, on every rank: of a pipeline's what its last stage saw."""
+        self.model.eval()
+        with torch.no_grad():
+            if self.mesh.axes["pipeline"].size == 1:
+                return [look(forward(self.model, batch), batch) for batch in microbatches]
+            nothing = torch.zeros((), device=self.mesh.device.torch_device)
+            seen = self.executor.run(
+                list(microbatches), forward, lambda output, batch: (nothing, look(output, batch)), forward_only=True
+            )
+        return next(part for part in self.mesh.gather_objects(seen, "pipeline") if part) if microbatches else []
 
     def _run(self, microbatches, forward, loss, *, forward_only: bool) -> tuple[float, int, dict[str, float]]:
         items, rows = self._global_batch(microbatches)
