@@ -12,6 +12,7 @@ from r1mega.config.run import ParallelConfig
 from r1mega.mesh import close_mesh
 from r1mega.rl.batch import RolloutRow, microbatches
 from r1mega.rl.loop import RlLoop
+from r1mega.rl.loss import GspoLoss
 from r1mega.rl.setup import open_run_mesh, over_context
 from r1mega.rl.types import Completion
 from r1mega.testing.ranks import run_ranks
@@ -24,6 +25,11 @@ pytestmark = pytest.mark.slow  # starts two ranks with engines for half a minute
 TOLERANCE = 1e-5
 BALANCE_OFF = {"expert_bias_update_rate": 0.0, "seq_aux_loss_coef": 0.0}
 """As configs/rl.yaml: the balance would count the padding, of which context ranks want more."""
+
+OF_SEQUENCES = GspoLoss(
+    clip_low=0.05, clip_high=0.05, kl_coef=0.001, correction="truncate", correction_level="sequence", correction_veto=1e-3
+)
+"""A loss whose ratio, weight and veto are sums over whole rows."""
 
 
 def rows(equal: bool) -> list[RolloutRow]:
@@ -38,17 +44,19 @@ def rows(equal: bool) -> list[RolloutRow]:
     return made
 
 
-def opened(place: Path, out: Path, model: dict[str, Any], **degrees: Any) -> RlLoop:  # noqa: F811
+def opened(place: Path, out: Path, model: dict[str, Any], loss: Any = None, **degrees: Any) -> RlLoop:  # noqa: F811
     settings = config(place, out, micro_batch_size=3)
     settings.model, settings.parallel = model, ParallelConfig(**degrees)
+    settings.policy_loss = loss or settings.policy_loss
     return RlLoop(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits())
 
 
 def updated(place: Path, out: Path, **degrees: Any) -> list[dict[str, Any]]:  # noqa: F811
-    """Two updates on given rows, twice: without the balance on rows of many lengths, with it on equal rows."""
+    """Two updates on given rows, thrice: without the balance on rows of many lengths, with it on equal rows, with sequences' ratios."""
     found = []
-    for number, (model, equal) in enumerate(((BALANCE_OFF, False), ({"seq_aux_loss_coef": 0.05}, True))):
-        loop = opened(place, out / str(number), model, **degrees)
+    cases = ((BALANCE_OFF, False, None), ({"seq_aux_loss_coef": 0.05}, True, None), (BALANCE_OFF, False, OF_SEQUENCES))
+    for number, (model, equal, loss) in enumerate(cases):
+        loop = opened(place, out / str(number), model, loss, **degrees)
         batch = rows(equal)
         loop.score(batch)
         before = [(row.old, row.ref) for row in batch]
@@ -131,6 +139,10 @@ def test_updates_are_those_of_one_rank(one, two, exchange: str) -> None:
                     tensor, theirs["weights"][name], atol=TOLERANCE, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
                 )
         assert rank[exchange][1]["numbers"][0][3] > 0, "the balance was on"
+    for result in one[2]["numbers"]:
+        assert 0 < result[2]["max_weight"] <= 2 and result[2]["weight_sum"] not in (0, result[2]["num_tokens"]), (
+            "weights were at work"
+        )
     moved = [(row[0] - row[1]).abs().max() for row in one[0]["after"]]
     assert max(moved) > 1e-3, "two updates moved the policy from its reference"
 
