@@ -97,6 +97,9 @@ def cross_violations(config: Any) -> Iterator[Violation]:
         yield from launch_violations(config)
         yield from layout_violations(config)
         yield from precision_violations(config)
+        if config.precision.fp32_head and not isinstance(config, RlConfig):
+            rule = "false but for rl, whose log-probabilities it is for"
+            yield Violation("precision.fp32_head", rule, "true", (("precision.fp32_head", (False,)),))
         yield from _log(config.log)
     if isinstance(config, BenchConfig):
         yield from _bench(config)

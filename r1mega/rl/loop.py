@@ -246,7 +246,8 @@ class RlLoop:
 
     def logprobs(self, output: torch.Tensor | Hidden, batch: RolloutBatch) -> torch.Tensor:
         """Log-probabilities of the rows' own tokens at the sampling temperature, fp32 ``[B, S]``."""
-        return token_logprobs(output, batch.targets_BS, self.sizes.sampling.temperature or 1.0)[0]
+        temperature = self.sizes.sampling.temperature or 1.0
+        return token_logprobs(output, batch.targets_BS, temperature, support_BSK=batch.support_BSK)[0]
 
     def batches(self, rows: list[RolloutRow]) -> list[RolloutBatch]:
         """Microbatches of rows on the device."""
@@ -269,7 +270,7 @@ class RlLoop:
 
         def objective(output: torch.Tensor | Hidden, batch: RolloutBatch):
             logprobs_BS, entropy_BS = token_logprobs(
-                output, batch.targets_BS, self.sizes.sampling.temperature or 1.0, with_entropy=True
+                output, batch.targets_BS, self.sizes.sampling.temperature or 1.0, support_BSK=batch.support_BSK
             )
             longest = self.sizes.sampling.max_new_tokens
             loss, stats = self.loss(batch.loss_input(logprobs_BS, sequences, tokens, longest))

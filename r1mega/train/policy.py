@@ -1,8 +1,8 @@
 """The policy that RL sees: score tokens, update on an objective, name its weights, stand in for its reference. No Megatron in here.
 
 In and out are tensors ``[B, S]`` on the policy's device; the objective is the caller's function of logits or, with
-``parallel.fused_loss``, of what they are made of. Where several context ranks share a sequence, a rank sees its own parts of it
-(:attr:`Policy.part`) and its objective is the share of those tokens.
+``parallel.fused_loss`` or ``precision.fp32_head``, of what they are made of. Where several context ranks share a sequence, a rank
+sees its own parts of it (:attr:`Policy.part`) and its objective is the share of those tokens.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Policy:
     def __init__(self, model: ModelConfig, optim: OptimConfig | None, mesh: Mesh, precision: PrecisionConfig | str):
         self.model_config, self.mesh = model, mesh
         self.part = ContextPart.of(mesh.axes["context"])
+        self.gives_hidden = mesh.parallel.fused_loss or getattr(precision, "fp32_head", False)
         self.trainee = Trainee(model, optim, mesh, precision)
         self._reference: dict[str, torch.Tensor] | None = None
 
@@ -58,12 +59,12 @@ class Policy:
         return self.part.multiple * self.mesh.axes["tensor"].size
 
     def _output(self, model: torch.nn.Module, batch: HasTokens) -> torch.Tensor | Hidden:
-        return (hidden if self.mesh.parallel.fused_loss else logits)(model, batch.tokens_BS, self.part)
+        return (hidden if self.gives_hidden else logits)(model, batch.tokens_BS, self.part)
 
     def score(self, batches: Sequence[HasTokens], read: Callable[[Any, Any], Any]) -> list[Any]:
         """``read(output, batch)`` for every microbatch, without gradients.
 
-        ``output``: logits ``[B, S, V]``, or, with ``parallel.fused_loss``, :class:`r1mega.model.outputs.Hidden`.
+        ``output``: logits ``[B, S, V]``, or, where ``gives_hidden``, :class:`r1mega.model.outputs.Hidden`.
         """
         self.trainee.model.eval()
         with torch.no_grad():

@@ -147,3 +147,9 @@ def test_help_and_completion_follow_a_preset() -> None:
 def test_wrong_values_name_their_way_out(said, names) -> None:
     with pytest.raises(UserError, match=names):
         compose("rl", [*RL, "rl.rollouts=5", *said])
+
+
+def test_an_fp32_head_is_rls() -> None:
+    assert compose("rl", [*RL, "rl.rollouts=5", "precision=bf16", "precision.fp32_head=true"]).precision.fp32_head
+    with pytest.raises(UserError, match="precision.fp32_head: false but for rl"):
+        compose("eval", ["checkpoint=x", "data.problems=y", "precision.fp32_head=true"])
