@@ -251,6 +251,13 @@ def _algorithm(config: RlConfig) -> Iterator[Violation]:
     if by and by not in names:
         hint = f"{nearest(by, names)}use one of {', '.join(sorted(names))}, or rl.dynamic_sampling.by='' for none"
         yield Violation("rl.dynamic_sampling.by", "a reward of the run, or reward, their sum", repr(by), hint=hint)
+    distill = getattr(config.policy_loss, "distill_coef", None)
+    if distill and config.teacher is None:
+        hint = "or give teacher=CHECKPOINT"
+        yield Violation("policy_loss.distill_coef", "0 without a teacher", distill, (("policy_loss.distill_coef", (0.0,)),), hint)
+    if distill == 0 and config.teacher is not None:
+        fixes = (("teacher", ("null",)), ("policy_loss.distill_coef", (1.0,)))
+        yield Violation("teacher", "null where policy_loss.distill_coef is 0", config.teacher, fixes)
     low, high = (getattr(config.policy_loss, f"correction_{side}", None) for side in ("low", "high"))
     if getattr(config.policy_loss, "correction", None) == "mask" and low > high:
         rule = f"with correction=mask at most policy_loss.correction_high {high}"

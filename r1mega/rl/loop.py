@@ -83,7 +83,7 @@ class RlLoop:
         self.saver = run_saver(
             config, self.sizes, mesh, Lineage.begin("rl", config.name, init), str(self.tokenizer.path), self._tell
         )
-        self.policy = open_policy(config, init, mesh, config.optim, config.model)
+        self.policy = open_policy(config, init, mesh, config.optim, config.model, config.teacher)
         if watch is not None:
             watch.trainee = self.policy.trainee
         problems = load_problems(config.data.problems, limit=config.data.limit)
@@ -231,13 +231,16 @@ class RlLoop:
         return everyone[self.mesh.data_rank * len(rewards) :][: len(rewards)]
 
     def score(self, rows: list[RolloutRow]) -> None:
-        """The trainer's own log-probabilities of the rollout (pi_old), and the reference's where the loss wants them."""
+        """The trainer's own log-probabilities of the rollout (pi_old), the reference's and a teacher's where they are wanted."""
         with self.timed("score"):
             batches = self.batches(rows)
             self._keep("old", batches)
             if self.has_reference:
                 with self.policy.as_reference():
                     self._keep("ref", batches)
+            if self.config.teacher is not None:
+                with self.policy.as_teacher():
+                    self._keep("teacher", batches)
 
     def _keep(self, name: str, batches: list[RolloutBatch]) -> None:
         for batch, values_BS in zip(batches, self.policy.score(batches, self.logprobs), strict=True):

@@ -44,9 +44,13 @@ def over_context(mesh: Mesh, count: int, work: Callable[[slice], list[Any]]) -> 
     return [item for part in mesh.gather_objects(mine, "context") for item in part]
 
 
-def open_policy(config: ComputeConfig, init: Path, mesh: Mesh, optim: OptimConfig | None, changes: dict[str, Any]) -> Policy:
-    """A policy with a checkpoint's weights."""
+def open_policy(
+    config: ComputeConfig, init: Path, mesh: Mesh, optim: OptimConfig | None, changes: dict[str, Any], teacher: str | None = None
+) -> Policy:
+    """A policy with a checkpoint's weights; ``teacher``: another one's, which it holds for :meth:`Policy.as_teacher`."""
     policy = Policy(tuned_model(init, changes), optim, mesh, config.precision)
+    if teacher is not None:
+        policy.hold_teacher(teacher)
     policy.load(init, weights_only=True)
     return policy
 

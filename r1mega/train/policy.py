@@ -43,6 +43,7 @@ class Policy:
         self.gives_hidden = mesh.parallel.fused_loss or getattr(precision, "fp32_head", False)
         self.trainee = Trainee(model, optim, mesh, precision)
         self._reference: dict[str, torch.Tensor] | None = None
+        self._teacher: dict[str, torch.Tensor] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -104,17 +105,35 @@ class Policy:
 
     def copy_to_reference(self) -> None:
         """Make the policy as it is now the reference."""
-        self._reference = {name: tensor.clone() for name, tensor in self.trainee.named_tensors()}
+        self._reference = self._copy()
+
+    def hold_teacher(self, path: str | Path) -> None:
+        """Keep a checkpoint's weights for :meth:`as_teacher`. The policy has them too, until its own are loaded: do that next.
+
+        Raises UserError as :meth:`load`.
+        """
+        checkpoint.load(self.trainee, path, weights_only=True)
+        self._teacher = self._copy()
+
+    def as_reference(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the reference's weights stand in the policy's place; for scoring alone."""
+        return self._as(self._reference)
+
+    def as_teacher(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the teacher's weights stand in the policy's place; for scoring alone."""
+        return self._as(self._teacher)
 
     @contextlib.contextmanager
-    def as_reference(self) -> Iterator[None]:
-        """Inside, the reference's weights stand in the policy's place; for scoring alone."""
-        held = {name: tensor.clone() for name, tensor in self.trainee.named_tensors()}
+    def _as(self, values: dict[str, torch.Tensor]) -> Iterator[None]:
+        held = self._copy()
         try:
-            self._put(self._reference)
+            self._put(values)
             yield
         finally:
             self._put(held)
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.trainee.named_tensors()}
 
     def _put(self, values: dict[str, torch.Tensor]) -> None:
         for name, tensor in self.trainee.named_tensors():

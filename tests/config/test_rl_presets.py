@@ -140,6 +140,8 @@ def test_help_and_completion_follow_a_preset() -> None:
     (["rl.dynamic_sampling.by=accurcy"], "rl.dynamic_sampling.by: a reward of the run.*got 'accurcy'; did you mean accuracy"),
     (["policy_loss.correction=mask", "policy_loss.correction_low=3"], "policy_loss.correction_low: .*policy_loss.correction_high 2.0"),
     (["policy_loss.dual_clip=0.5"], "policy_loss.dual_clip: 0 or above 1; got 0.5"),
+    (["policy_loss.distill_coef=1"], "policy_loss.distill_coef: 0 without a teacher; got 1.0; .*or give teacher=CHECKPOINT"),
+    (["teacher=x"], "teacher: null where policy_loss.distill_coef is 0; got x"),
     (["policy_loss.kl_kind=k4"], "policy_loss.kl_kind: one of k1, k2, k3, unbiased; got k4"),
     (["rl=dap"], "rl: no such choice; got 'dap'; did you mean dapo"),
     (["rl=r1_stage1", "rl.rollouts=null"], "rl.rollouts"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,10 @@ from r1mega.rl.advantage import BatchAdvantage
 from r1mega.rl.batch import RolloutRow, microbatches
 from r1mega.rl.loop import RlLoop, rl
 from r1mega.rl.loss import CispoLoss, DapoLoss, GspoLoss
+from r1mega.rl.setup import open_policy, open_run_mesh
 from r1mega.rl.types import Completion
-from tests.rl.test_loop import config, digits, loop, place  # noqa: F401  fixtures
+from r1mega.train import checkpoint
+from tests.rl.test_loop import Digits, config, digits, loop, place, same, weights  # noqa: F401  fixtures
 from tests.train.cases import lines
 
 
@@ -95,3 +98,39 @@ def test_other_losses_train(place: Path, digits, tmp_path: Path, choice) -> None
         assert line["ratio_max"] >= 1 and line["clip_share"] == line["clip_share_low"] + line["clip_share_high"]
         assert line["grad_norm"] > 0
     assert not list((tmp_path / "run").rglob("reference.pt"))
+
+
+def test_a_teacher_pulls_the_policy_to_itself(place: Path, digits, tmp_path: Path) -> None:  # noqa: F811
+    """On-policy distillation alone, no reward: the student's log-probabilities of what it drew go towards the teacher's."""
+    untaught = config(place, tmp_path / "teacher", rollouts=1)
+    untaught.policy_loss, untaught.optim = DapoLoss(), replace(untaught.optim, lr=3e-3, warmup_steps=0)
+    rl(untaught)
+    settings = config(place, tmp_path / "student", rollouts=6, updates_per_rollout=1)
+    settings.teacher = str(checkpoint.latest(tmp_path / "teacher/checkpoints"))
+    settings.policy_loss, settings.advantage = DapoLoss(distill_coef=1.0), Nothing()
+    settings.optim = replace(settings.optim, lr=1e-3, warmup_steps=0)
+    mesh, init = open_run_mesh(settings), checkpoint.resolve(place / "seed")
+    seed = {name: value.clone() for name, value in open_policy(settings, init, mesh, None, {}).trainee.named_tensors()}
+    run = RlLoop(settings, mesh, init, Digits())
+    start = weights(run)
+    assert not same(start, run.policy._teacher) and same(start, seed), "the policy begins with its own weights"
+    rows, problems = run.generate()
+    run.judge(rows, problems)
+
+    def gap() -> float:
+        run.score(rows)
+        return torch.cat([row.old - row.teacher for row in rows]).abs().mean().item()
+
+    before = gap()
+    taught = {name: tensor.clone() for name, tensor in run.policy._teacher.items()}
+    for _ in range(4):
+        run.train(rows)
+    assert gap() < 0.9 * before and same(taught, run.policy._teacher)
+    run.metrics.close()
+
+
+class Nothing:
+    """An advantage of 0 for all."""
+
+    def build(self):
+        return lambda rewards_PG, mask_PG=None: torch.zeros(rewards_PG.shape)
