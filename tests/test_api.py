@@ -95,7 +95,7 @@ def test_a_ready_config_without_choices_is_refused(stub) -> None:
         api.rl(config)
     lines = str(caught.value).splitlines()
     assert [line.partition(":")[0] for line in lines] == ["advantage", "policy_loss", "engine"]
-    assert lines[0] == "advantage: a choice is needed; got null; give one of grpo"
+    assert lines[0] == "advantage: a choice is needed; got null; give one of dr_grpo, grpo, reinforce++, rloo"
 
 
 def test_ranks_started_by_others_join_and_only_the_first_one_writes(stub, monkeypatch) -> None:

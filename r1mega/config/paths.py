@@ -49,6 +49,8 @@ def violations(config: Any) -> Iterator[Violation]:
         yield from _tokenizer("tokenizer", config.tokenizer, config.model.vocab_size)
     if isinstance(config, PretrainConfig | SftConfig | RlConfig) and config.init is not None:
         yield from _folder("init", config.init, "a checkpoint's folder")
+    if isinstance(config, RlConfig) and config.teacher is not None:
+        yield from _folder("teacher", config.teacher, "a checkpoint's folder")
     if isinstance(config, EvalConfig | ExportConfig | ChatConfig | LineageConfig):
         yield from _folder("checkpoint", config.checkpoint, "a checkpoint's folder")
     if isinstance(config, RlConfig | EvalConfig):

@@ -139,6 +139,9 @@ class RlConfig(ComputeConfig):
 
     model: dict[str, Any] = knob({}, "changes of the checkpoint's training fields (TUNABLE_MODEL_FIELDS)", "field: value")
     init: str = knob(REQUIRED, "checkpoint to start from", "path")
+    teacher: str | None = knob(
+        None, "checkpoint of the same architecture and tokenizer, for policy_loss.distill_coef; null: none", "path"
+    )
     data: ProblemDataConfig = knob(ProblemDataConfig, "problems", "section")
     rl: RolloutConfig = knob(RolloutConfig, "the loop's sizes", "section")
     reward: RewardConfig = knob(RewardConfig, "rewards", "section")

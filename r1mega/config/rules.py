@@ -97,6 +97,9 @@ def cross_violations(config: Any) -> Iterator[Violation]:
         yield from launch_violations(config)
         yield from layout_violations(config)
         yield from precision_violations(config)
+        if config.precision.fp32_head and not isinstance(config, RlConfig):
+            rule = "false but for rl, whose log-probabilities it is for"
+            yield Violation("precision.fp32_head", rule, "true", (("precision.fp32_head", (False,)),))
         yield from _log(config.log)
     if isinstance(config, BenchConfig):
         yield from _bench(config)
@@ -154,19 +157,20 @@ def _bench(config: BenchConfig) -> Iterator[Violation]:
         yield from row_violations("tokens", config.tokens, alone)
 
 
-def check_cut(config: PretrainConfig | SftConfig, model: ModelConfig) -> None:
+def check_cut(config: PretrainConfig | SftConfig | RlConfig, model: ModelConfig) -> None:
     """Raise UserError, a line each, where ``model`` (of a checkpoint: no rule has seen it yet) cannot be cut as ``config`` says."""
     found = list(_cut(config, model))
     if found:
         raise UserError("\n".join(map(str, found)))
 
 
-def _cut(config: PretrainConfig | SftConfig, model: ModelConfig) -> Iterator[Violation]:
+def _cut(config: PretrainConfig | SftConfig | RlConfig, model: ModelConfig) -> Iterator[Violation]:
     parallel, world = config.parallel, world_size(config)
     if parallel.pipeline > world:  # layout_violations tells it; the stages come after that
         parallel = dataclasses.replace(parallel, pipeline=1, stages=None)
     try:
-        stages = num_stages(dataclasses.replace(config, parallel=parallel))
+        chooses = hasattr(config, "pipeline")  # rl has one stage a rank
+        stages = num_stages(dataclasses.replace(config, parallel=parallel)) if chooses else parallel.pipeline
     except UserError:  # choice_violations tells it
         stages = parallel.pipeline
     yield from model_violations(model, parallel, world, stages)
@@ -248,6 +252,13 @@ def _algorithm(config: RlConfig) -> Iterator[Violation]:
     if by and by not in names:
         hint = f"{nearest(by, names)}use one of {', '.join(sorted(names))}, or rl.dynamic_sampling.by='' for none"
         yield Violation("rl.dynamic_sampling.by", "a reward of the run, or reward, their sum", repr(by), hint=hint)
+    distill = getattr(config.policy_loss, "distill_coef", None)
+    if distill and config.teacher is None:
+        hint = "or give teacher=CHECKPOINT"
+        yield Violation("policy_loss.distill_coef", "0 without a teacher", distill, (("policy_loss.distill_coef", (0.0,)),), hint)
+    if distill == 0 and config.teacher is not None:
+        fixes = (("teacher", ("null",)), ("policy_loss.distill_coef", (1.0,)))
+        yield Violation("teacher", "null where policy_loss.distill_coef is 0", config.teacher, fixes)
     low, high = (getattr(config.policy_loss, f"correction_{side}", None) for side in ("low", "high"))
     if getattr(config.policy_loss, "correction", None) == "mask" and low > high:
         rule = f"with correction=mask at most policy_loss.correction_high {high}"

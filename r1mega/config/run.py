@@ -151,6 +151,13 @@ class PrecisionConfig:
         "name",
         **one_of("fp8", "bf16"),
     )
+    fp32_head: bool = knob(
+        False,
+        "rl: log-probabilities of logits that are sums in fp32, never rounded to dtype (MiniMax-M1's remedy for differences of "
+        "trainer and engine), made a piece at a time as with parallel.fused_loss; the engine has a switch of its own (SGLang: "
+        "enable_fp32_lm_head)",
+        "bool",
+    )
 
 
 @dataclass

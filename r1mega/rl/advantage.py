@@ -11,7 +11,7 @@ All four subtract a baseline b and divide by a scale s, A = (r - b) / s:
 | ``reinforce++`` | the batch's mean (or the group's, by knob) | the batch's std, divisor P x G | arXiv 2501.03262 |
 
 In every choice a masked response gets exactly 0 and counts nowhere: not in a mean, not in a std, not in a divisor. Where all that b
-is the mean of is equal, A is exactly 0. Statistics are in fp64. Wrong shapes, and counted rewards that are not finite, raise UserError.
+is the mean of is equal, A is exactly 0. In fp64. Wrong shapes, and counted rewards that are not finite, raise UserError.
 """
 
 from __future__ import annotations

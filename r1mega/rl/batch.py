@@ -50,7 +50,8 @@ class RolloutBatch:
     """One microbatch: ``tokens_BS, targets_BS`` int64, ``mask_BS`` bool, the rest float32.
 
     ``mask_BS``: response tokens that the loss counts; ``rollout_BS``: the engine's log-probabilities; ``ref_BS``, ``teacher_BS``:
-    None where a row has none. ``[B, S]`` tensors hold the parts ``part`` of the rows, but ``whole_mask_BS``, all response tokens;
+    None where a row has none; ``support_BSK``: int32, the tokens that each was drawn from, padded with -1, None where no row says.
+    ``[B, S]`` tensors hold the parts ``part`` of the rows, but ``whole_mask_BS``, all response tokens;
     ``lengths_B``: counted response tokens of the whole rows.
     """
 
@@ -66,6 +67,7 @@ class RolloutBatch:
     lengths_B: torch.Tensor
     whole_mask_BS: torch.Tensor
     part: ContextPart = ALONE
+    support_BSK: torch.Tensor | None = None
 
     def split(self, values_BS: torch.Tensor) -> list[torch.Tensor]:
         """Values at the response tokens, a tensor a row, those of other context ranks' parts included."""
@@ -133,4 +135,17 @@ def _batch(rows: list[RolloutRow], pad_id: int, device: torch.device, part: Cont
         lengths_B=counted.sum(dim=1).to(device),
         whole_mask_BS=mask.to(device),
         part=part,
+        support_BSK=None if (support := _support(rows, width - 1)) is None else own(support),
     )
+
+
+def _support(rows: list[RolloutRow], width: int) -> torch.Tensor | None:
+    """The tokens that each response token was drawn from, int32 ``[B, S, K]``, -1 behind the last one and where nobody said."""
+    sizes = [len(ids) for row in rows for ids in row.completion.sampling_mask or ()]
+    if not sizes:
+        return None
+    support = torch.full((len(rows), width, max(sizes)), -1, dtype=torch.int32)
+    for idx, row in enumerate(rows):
+        for step, ids in enumerate(row.completion.sampling_mask or ()):
+            support[idx, len(row.prompt) - 1 + step, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    return support

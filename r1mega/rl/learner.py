@@ -44,12 +44,15 @@ class Learner:
         return learning_rate(self.config.optim, update, self.sizes.rollouts * self.sizes.updates_per_rollout)
 
     def score(self, rows: Sequence[RolloutRow]) -> None:
-        """The trainer's own log-probabilities of the rollout (pi_old), and the reference's where the loss wants them."""
+        """The trainer's own log-probabilities of the rollout (pi_old), the reference's and a teacher's where they are wanted."""
         batches = self.batches(rows)
         self._keep("old", batches)
         if self.has_reference:
             with self.policy.as_reference():
                 self._keep("ref", batches)
+        if self.config.teacher is not None:
+            with self.policy.as_teacher():
+                self._keep("teacher", batches)
 
     def _keep(self, name: str, batches: list[RolloutBatch]) -> None:
         for batch, values_BS in zip(batches, self.policy.score(batches, self.logprobs), strict=True):
@@ -58,7 +61,7 @@ class Learner:
 
     def logprobs(self, output: torch.Tensor | Hidden, batch: RolloutBatch) -> torch.Tensor:
         """Log-probabilities of the rows' own tokens at the sampling temperature, fp32 ``[B, S]``."""
-        return token_logprobs(output, batch.targets_BS, self.temperature)[0]
+        return token_logprobs(output, batch.targets_BS, self.temperature, support_BSK=batch.support_BSK)[0]
 
     def batches(self, rows: Sequence[RolloutRow]) -> list[RolloutBatch]:
         """Microbatches of rows on the device."""
@@ -79,7 +82,7 @@ class Learner:
         peaks = torch.zeros(len(MAXIMA), dtype=torch.float64, device=self.mesh.device.torch_device)
 
         def objective(output: torch.Tensor | Hidden, batch: RolloutBatch):
-            logprobs_BS, entropy_BS = token_logprobs(output, batch.targets_BS, self.temperature, with_entropy=True)
+            logprobs_BS, entropy_BS = token_logprobs(output, batch.targets_BS, self.temperature, support_BSK=batch.support_BSK)
             loss, stats = self.loss(batch.loss_input(logprobs_BS, sequences, tokens, self.sizes.sampling.max_new_tokens))
             peaks.copy_(torch.maximum(peaks, stats.maxima()))
             return loss, {**stats.sums(), "entropy_sum": (entropy_BS * batch.mask_BS).sum()}

@@ -73,7 +73,7 @@ class Run:
         self.tokenizer = open_tokenizer(init)
         lineage = Lineage.begin("rl", config.name, init)
         self.saver = run_saver(config, self.sizes, mesh, lineage, str(self.tokenizer.path), self._tell)
-        self.policy = open_policy(config, init, mesh, config.optim, config.model)
+        self.policy = open_policy(config, init, mesh, config.optim, config.model, config.teacher)
         self.learner = Learner(config, self.policy, config.policy_loss.build(), self.tokenizer.pad_id)
         problems = load_problems(config.data.problems, limit=config.data.limit)
         context = self.policy.model_config.max_position_embeddings

@@ -10,6 +10,7 @@ from typing import Any
 
 from r1mega.config.errors import UserError
 from r1mega.config.rl import RewardConfig
+from r1mega.config.rules import check_cut
 from r1mega.config.run import ComputeConfig
 from r1mega.config.train import OptimConfig
 from r1mega.data.problems import Problem
@@ -30,9 +31,19 @@ def open_run_mesh(config: ComputeConfig) -> Mesh:
     return open_mesh(open_device(config.device), config.parallel, config.launch, config.seed)
 
 
-def open_policy(config: ComputeConfig, init: Path, mesh: Mesh, optim: OptimConfig | None, changes: dict[str, Any]) -> Policy:
-    """A policy with a checkpoint's weights."""
-    policy = Policy(tuned_model(init, changes), optim, mesh, config.precision)
+def open_policy(
+    config: ComputeConfig, init: Path, mesh: Mesh, optim: OptimConfig | None, changes: dict[str, Any], teacher: str | None = None
+) -> Policy:
+    """A policy with a checkpoint's weights; ``teacher``: another one's, which it holds for :meth:`Policy.as_teacher`.
+
+    Raises UserError for a layout that does not cut the checkpoint's model.
+    """
+    model = tuned_model(init, changes)
+    if optim is not None:
+        check_cut(config, model)
+    policy = Policy(model, optim, mesh, config.precision)
+    if teacher is not None:
+        policy.hold_teacher(teacher)
     policy.load(init, weights_only=True)
     return policy
 

@@ -1,8 +1,8 @@
 """The policy that RL sees: score tokens, update on an objective, name its weights, stand in for its reference. No Megatron in here.
 
 In and out are tensors ``[B, S]`` on the policy's device; the objective is the caller's function of logits or, with
-``parallel.fused_loss``, of what they are made of. Where several context ranks share a sequence, a rank sees its own parts of it
-(:attr:`Policy.part`) and its objective is the share of those tokens.
+``parallel.fused_loss`` or ``precision.fp32_head``, of what they are made of. Where several context ranks share a sequence, a rank
+sees its own parts of it (:attr:`Policy.part`) and its objective is the share of those tokens.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ class Policy:
     def __init__(self, model: ModelConfig, optim: OptimConfig | None, mesh: Mesh, precision: PrecisionConfig | str):
         self.model_config, self.mesh = model, mesh
         self.part = ContextPart.of(mesh.axes["context"])
+        self.gives_hidden = mesh.parallel.fused_loss or getattr(precision, "fp32_head", False)
         self.trainee = Trainee(model, optim, mesh, precision)
         self._reference: dict[str, torch.Tensor] | None = None
+        self._teacher: dict[str, torch.Tensor] | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -59,12 +61,12 @@ class Policy:
         return self.part.multiple * self.mesh.axes["tensor"].size
 
     def _output(self, model: torch.nn.Module, batch: HasTokens) -> torch.Tensor | Hidden:
-        return (hidden if self.mesh.parallel.fused_loss else whole_logits)(model, batch.tokens_BS, self.part)
+        return (hidden if self.gives_hidden else whole_logits)(model, batch.tokens_BS, self.part)
 
     def score(self, batches: Sequence[HasTokens], read: Callable[[Any, Any], Any]) -> list[Any]:
         """``read(output, batch)`` for every microbatch, without gradients.
 
-        ``output``: logits ``[B, S, V]``, or, with ``parallel.fused_loss``, :class:`r1mega.model.outputs.Hidden`.
+        ``output``: logits ``[B, S, V]``, or, where ``gives_hidden``, :class:`r1mega.model.outputs.Hidden`.
         """
         return self.trainee.read(batches, self._output, read)
 
@@ -94,8 +96,8 @@ class Policy:
     def published_tensors(self, everywhere: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """All weights under their Hugging Face names, as views of the live ones. Called, and walked to its end, by all ranks.
 
-        Where ranks hold parts, whole tensors are gathered as they are walked: on every rank, or, without ``everywhere``, on the first
-        alone, and the others yield nothing.
+        Where ranks hold parts, whole tensors are gathered as they are walked: on every rank, or, without ``everywhere``, on the
+        first alone, and the others yield nothing.
         """
         return names.to_hf(self.model_config, whole_tensors(self.trainee, everywhere=everywhere))
 
@@ -106,17 +108,35 @@ class Policy:
 
     def copy_to_reference(self) -> None:
         """Make the policy as it is now the reference."""
-        self._reference = {name: tensor.clone() for name, tensor in self.trainee.named_tensors()}
+        self._reference = self._copy()
+
+    def hold_teacher(self, path: str | Path) -> None:
+        """Keep a checkpoint's weights for :meth:`as_teacher`. The policy has them too, until its own are loaded: do that next.
+
+        Raises UserError as :meth:`load`.
+        """
+        checkpoint.load(self.trainee, path, weights_only=True)
+        self._teacher = self._copy()
+
+    def as_reference(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the reference's weights stand in the policy's place; for scoring alone."""
+        return self._as(self._reference)
+
+    def as_teacher(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the teacher's weights stand in the policy's place; for scoring alone."""
+        return self._as(self._teacher)
 
     @contextlib.contextmanager
-    def as_reference(self) -> Iterator[None]:
-        """Inside, the reference's weights stand in the policy's place; for scoring alone."""
-        held = {name: tensor.clone() for name, tensor in self.trainee.named_tensors()}
+    def _as(self, values: dict[str, torch.Tensor]) -> Iterator[None]:
+        held = self._copy()
         try:
-            self._put(self._reference)
+            self._put(values)
             yield
         finally:
             self._put(held)
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.trainee.named_tensors()}
 
     def _put(self, values: dict[str, torch.Tensor]) -> None:
         for name, tensor in self.trainee.named_tensors():
@@ -127,8 +147,7 @@ class Policy:
         state = checkpoint.load(self.trainee, path, weights_only=weights_only, verified=verified)
         held = checkpoint.resolve(path) / "reference.pt"
         if not weights_only and held.is_file():
-            whole = torch.load(held, weights_only=True, map_location="cpu", mmap=True)
-            own = {name: tensor.clone() for name, tensor in self.trainee.named_tensors()}
+            own, whole = self._copy(), torch.load(held, weights_only=True, map_location="cpu", mmap=True)
             take_parts(self.trainee, whole)
             self.copy_to_reference()
             self._put(own)

@@ -50,7 +50,7 @@ def test_values_are_options_names_booleans_and_defaults() -> None:
     assert words("pretrain model=") == [
         f"model={name}" for name in ("deepseek_v2_lite", "deepseek_v3", "deepseek_v3_slice", "moonlight_16b", "small", "tiny")
     ]
-    assert words("rl adv") == ["advantage=", "advantage."] and words("rl advantage=") == ["advantage=grpo"]
+    assert words("rl adv") == ["advantage=", "advantage."] and words("rl advantage=g") == ["advantage=grpo"]
     assert words("recipe recipe=q") == ["recipe=quickstart"]
     assert words("pretrain optim.decay=") == ["optim.decay=constant", "optim.decay=cosine"]
     assert words("pretrain debug=") == ["debug=true", "debug=false"] and words("pretrain debug=f") == ["debug=false"]

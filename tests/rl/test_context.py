@@ -13,6 +13,7 @@ from r1mega.config.run import ParallelConfig
 from r1mega.mesh import close_mesh
 from r1mega.rl.batch import RolloutRow, microbatches
 from r1mega.rl.loop import turn
+from r1mega.rl.loss import GspoLoss
 from r1mega.rl.run import Place, Run
 from r1mega.rl.setup import open_run_mesh
 from r1mega.rl.types import Completion
@@ -24,8 +25,22 @@ from tests.train.cases import MODEL, lines
 pytestmark = pytest.mark.slow  # starts two ranks with engines for half a minute
 
 TOLERANCE = 1e-5
+LAYOUTS = {
+    "allgather": {"context": 2},
+    "ring": {"context": 2, "context_exchange": "ring"},
+    "tensor": {"tensor": 2},
+    "expert": {"expert": 2},
+    "tensor and expert": {"tensor": 2, "expert": 2},
+    "pipeline": {"pipeline": 2},
+}
 BALANCE_OFF = {"expert_bias_update_rate": 0.0, "seq_aux_loss_coef": 0.0}
 """As configs/rl.yaml: the balance would count the padding, of which context ranks want more."""
+
+
+OF_SEQUENCES = GspoLoss(
+    clip_low=0.05, clip_high=0.05, kl_coef=0.001, correction="truncate", correction_level="sequence", correction_veto=1e-3
+)
+"""A loss whose ratio, weight and veto are sums over whole rows."""
 
 
 def rows(equal: bool) -> list[RolloutRow]:
@@ -40,21 +55,25 @@ def rows(equal: bool) -> list[RolloutRow]:
     return made
 
 
-def opened(place: Path, out: Path, model: dict[str, Any], stack: ExitStack, **degrees: Any) -> Run:  # noqa: F811
+def opened(place: Path, out: Path, model: dict[str, Any], stack: ExitStack, loss: Any = None, **degrees: Any) -> Run:  # noqa: F811
     settings = config(place, out, micro_batch_size=3)
     settings.model, settings.parallel = model, ParallelConfig(**degrees)
+    settings.policy_loss = loss or settings.policy_loss
     run = Run(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits(), stack)
     stack.enter_context(run.saver)
     return run
 
 
 def updated(place: Path, out: Path, **degrees: Any) -> list[dict[str, Any]]:  # noqa: F811
-    """Two updates on given rows, twice: without the balance on rows of many lengths, with it on equal rows."""
+    """Two updates on given rows, thrice: without the balance on rows of many lengths, with it on equal rows, with sequences' ratios."""
     found = []
-    for number, (model, equal) in enumerate(((BALANCE_OFF, False), ({"seq_aux_loss_coef": 0.05}, True))):
+    cases = ((BALANCE_OFF, False, None), ({"seq_aux_loss_coef": 0.05}, True, None), (BALANCE_OFF, False, OF_SEQUENCES))
+    for number, (model, equal, loss) in enumerate(cases):
         with ExitStack() as stack:
-            run = opened(place, out / str(number), model, stack, **degrees)
+            run = opened(place, out / str(number), model, stack, loss, **degrees)
             batch = rows(equal)
+            if run.mesh.parallel.expert > 1 and run.mesh.data_size == 2:
+                batch = batch[run.mesh.data_rank :: 2]
             run.learner.score(batch)
             before = [(row.old, row.ref) for row in batch]
             results = run.learner.train(batch, 0)
@@ -98,10 +117,14 @@ def rolled_out(place: Path, out: Path, **degrees: Any) -> dict[str, Any]:  # noq
 def two_ranks(place: Path, out: Path) -> dict[str, Any]:  # noqa: F811
     """Everything that two context ranks do."""
     found: dict[str, Any] = {}
-    for exchange in ("allgather", "ring"):
-        found[exchange] = updated(place, out / exchange, context=2, context_exchange=exchange)
+    for name, degrees in LAYOUTS.items():
+        found[name] = updated(place, out / name, **degrees)
         close_mesh()
     found["loop"] = rolled_out(place, out / "loop", context=2)
+    close_mesh()
+    for axis in ("tensor", "expert", "pipeline"):
+        found[f"{axis} loop"] = rolled_out(place, out / axis, **{axis: 2})
+        close_mesh()
     return found
 
 
@@ -137,6 +160,10 @@ def test_updates_are_those_of_one_rank(one, two, exchange: str) -> None:
                     tensor, theirs["weights"][name], atol=TOLERANCE, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
                 )
         assert rank[exchange][1]["numbers"][0][3] > 0, "the balance was on"
+    for result in one[2]["numbers"]:
+        assert 0 < result[2]["max_weight"] <= 2 and result[2]["weight_sum"] not in (0, result[2]["num_tokens"]), (
+            "weights were at work"
+        )
     moved = [(row[0] - row[1]).abs().max() for row in one[0]["after"]]
     assert max(moved) > 1e-3, "two updates moved the policy from its reference"
 
