@@ -92,6 +92,7 @@ class Run:
         self.ledger, known = self._open_ledger()
         stack.callback(self.ledger.close)
         self.engine = open_engine(config.engine, self.policy, self.tokenizer, self.folder, self._place.generates)
+        self._is_local = mesh.broadcast_object(hasattr(self.engine, "load_weights"))
         self.rollouts: Rollouts | None = None
         if self.engine is not None:
             stack.callback(self.engine.close)
@@ -163,10 +164,6 @@ class Run:
             folder=self.folder / "pushes",
         )
         return self.config.push.build(runtime)
-
-    @property
-    def _is_local(self) -> bool:
-        return hasattr(self.engine, "load_weights")
 
     def _take_state(self, state: TrainState) -> None:
         self.state, self.learner.update_count = state, state.step

@@ -1,4 +1,4 @@
-"""RL over context ranks: an update from given rows is one rank's, ranks share the generating and agree on the rollout."""
+"""RL over ranks that share a model or a sequence: an update from given rows is one rank's, and they agree on the rollout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from r1mega.rl.setup import open_run_mesh
 from r1mega.rl.types import Completion
 from r1mega.testing.ranks import run_ranks
 from r1mega.train import checkpoint
-from tests.rl.test_loop import Digits, config, place, same, weights  # noqa: F401  place is a fixture
+from r1mega.train.gathering import whole_tensors
+from tests.rl.test_loop import Digits, config, place, same  # noqa: F401  place is a fixture
 from tests.train.cases import MODEL, lines
 
 pytestmark = pytest.mark.slow  # starts two ranks with engines for half a minute
@@ -29,7 +30,6 @@ LAYOUTS = {
     "allgather": {"context": 2},
     "ring": {"context": 2, "context_exchange": "ring"},
     "tensor": {"tensor": 2},
-    "expert": {"expert": 2},
     "tensor and expert": {"tensor": 2, "expert": 2},
     "pipeline": {"pipeline": 2},
 }
@@ -72,15 +72,13 @@ def updated(place: Path, out: Path, **degrees: Any) -> list[dict[str, Any]]:  # 
         with ExitStack() as stack:
             run = opened(place, out / str(number), model, stack, loss, **degrees)
             batch = rows(equal)
-            if run.mesh.parallel.expert > 1 and run.mesh.data_size == 2:
-                batch = batch[run.mesh.data_rank :: 2]
             run.learner.score(batch)
             before = [(row.old, row.ref) for row in batch]
             results = run.learner.train(batch, 0)
             run.learner.score(batch)
             numbers = [(result.loss, result.grad_norm, result.stats, result.aux_loss) for result in results]
             found.append(
-                {"before": before, "after": [(row.old, row.ref) for row in batch], "numbers": numbers, "weights": weights(run)}
+                {"before": before, "after": [(row.old, row.ref) for row in batch], "numbers": numbers, "weights": whole(run)}
             )
     return found
 
@@ -90,11 +88,13 @@ def rolled_out(place: Path, out: Path, **degrees: Any) -> dict[str, Any]:  # noq
     with ExitStack() as stack:
         run = opened(place, out, BALANCE_OFF, stack, **degrees)
         drawn, shares = [], []
-        take, value, generate = run.take, run.value, run.engine.generate
-
         def counted(prompts, *args):
             shares.append(len(prompts))
-            return generate(prompts, *args)
+            return true(prompts, *args)
+
+        take, value = run.take, run.value
+        if run.engine is not None:
+            true, run.engine.generate = run.engine.generate, counted
 
         def kept():
             made = take()
@@ -106,16 +106,21 @@ def rolled_out(place: Path, out: Path, **degrees: Any) -> dict[str, Any]:  # noq
             drawn.append([row.advantage for row in found[0]])
             return found
 
-        run.engine.generate, run.take, run.value = counted, kept, valued
+        run.take, run.value = kept, valued
         run.push()
         for _ in range(2):
             turn(run)
         run.finish()
-        return {"drawn": drawn, "shares": shares, "weights": weights(run)}
+        return {"drawn": drawn, "shares": shares, "weights": whole(run)}
+
+
+def whole(run: Run) -> dict[str, torch.Tensor]:
+    """All weights, whole on every rank."""
+    return {name: tensor.clone() for name, tensor in whole_tensors(run.policy.trainee, everywhere=True)}
 
 
 def two_ranks(place: Path, out: Path) -> dict[str, Any]:  # noqa: F811
-    """Everything that two context ranks do."""
+    """Everything that two ranks do."""
     found: dict[str, Any] = {}
     for name, degrees in LAYOUTS.items():
         found[name] = updated(place, out / name, **degrees)
@@ -141,10 +146,10 @@ def two(place: Path) -> list[dict[str, Any]]:  # noqa: F811
     return run_ranks(two_ranks, 2, place, place / "context")
 
 
-@pytest.mark.parametrize("exchange", ["allgather", "ring"])
-def test_updates_are_those_of_one_rank(one, two, exchange: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_updates_are_those_of_one_rank(one, two, layout: str) -> None:
     for rank in two:
-        for ours, theirs in zip(rank[exchange], one, strict=True):
+        for ours, theirs in zip(rank[layout], one, strict=True):
             for when in ("before", "after"):
                 for mine, other in zip(ours[when], theirs[when], strict=True):
                     for got, want in zip(mine, other, strict=True):
@@ -159,7 +164,7 @@ def test_updates_are_those_of_one_rank(one, two, exchange: str) -> None:
                 torch.testing.assert_close(
                     tensor, theirs["weights"][name], atol=TOLERANCE, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
                 )
-        assert rank[exchange][1]["numbers"][0][3] > 0, "the balance was on"
+        assert rank[layout][1]["numbers"][0][3] > 0, "the balance was on"
     for result in one[2]["numbers"]:
         assert 0 < result[2]["max_weight"] <= 2 and result[2]["weight_sum"] not in (0, result[2]["num_tokens"]), (
             "weights were at work"
@@ -179,6 +184,20 @@ def test_ranks_share_the_generating_and_agree(two, place: Path) -> None:  # noqa
     assert [line["rollout"] for line in told] == [1, 2] and all(line["rollout_diff_max"] < 1e-4 for line in told)
 
 
+@pytest.mark.parametrize("axis", ["tensor", "expert", "pipeline"])
+def test_ranks_that_hold_parts_agree_on_a_whole_run(two, place: Path, axis: str) -> None:  # noqa: F811
+    first, second = (rank[f"{axis} loop"] for rank in two)
+    if axis == "expert":
+        assert first["shares"] == second["shares"] == [4, 4] and first["drawn"] != second["drawn"], "two data ranks"
+    else:
+        assert (first["shares"], second["shares"]) == ([8, 8], []), "the first generates for both"
+        assert first["drawn"] == second["drawn"]
+    assert same(first["weights"], second["weights"])
+    told = lines(place / "context" / axis)
+    assert [line["rollout"] for line in told] == [1, 2] and all(line["rollout_diff_max"] < 1e-4 for line in told)
+    assert all(line["push_proof"] == "checksum" for line in told)
+
+
 def test_places_share_the_groups_whatever_the_number_of_ranks() -> None:
     from types import SimpleNamespace
 
@@ -194,9 +213,9 @@ def test_places_share_the_groups_whatever_the_number_of_ranks() -> None:
             for c in range(context)
             for t in range(tensor)
         ]
-        working = [place for place in places if place.generates]
-        assert sorted(place.number for place in working) == list(range(working[0].count)), "each number once"
-        assert sum(place.share for place in working) == groups and sum(place.writes for place in places) == data
+        working = [each for each in places if each.generates]
+        assert sorted(each.number for each in working) == list(range(working[0].count)), "each number once"
+        assert sum(each.share for each in working) == groups and sum(each.writes for each in places) == data
 
 
 def test_rows_are_padded_to_what_the_layout_cuts() -> None:

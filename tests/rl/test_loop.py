@@ -20,7 +20,7 @@ import torch
 
 from r1mega.config.errors import Stopped, UserError
 from r1mega.config.rl import ProblemDataConfig, RewardConfig, RlConfig, RolloutConfig
-from r1mega.config.run import ParallelConfig, SamplingConfig
+from r1mega.config.run import SamplingConfig
 from r1mega.mesh import close_mesh
 from r1mega.rl.advantage import GroupAdvantage
 from r1mega.rl.batch import RolloutRow
@@ -341,14 +341,6 @@ def test_the_real_rewards_run(place: Path, tmp_path: Path) -> None:
     result = rl(config(place, tmp_path / "real", rollouts=1, updates_per_rollout=1))
     (line,) = lines(tmp_path / "real")
     assert result["updates"] == 1 and 0 <= line["reward"] <= 2 and line["reward_failed"] == 0 and line["rollout_diff_max"] < 1e-4
-
-
-def test_layouts_that_no_engine_can_take_are_refused(place: Path, tmp_path: Path) -> None:
-    settings = config(place, tmp_path / "run")
-    for axis in ("tensor", "pipeline", "expert"):
-        settings.parallel = ParallelConfig(**{axis: 2})
-        with pytest.raises(UserError, match=f"parallel.{axis}: a rank hands whole weights to its engine; got 2"):
-            rl(settings)
 
 
 def two_ranks(place: Path, out: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[float]]:
