@@ -78,7 +78,7 @@ def arguments(device: str, found: dict[str, Any]) -> dict[str, Any]:
 
 def environment(device: str, found: dict[str, Any]) -> dict[str, str]:
     """The environment of a server's processes: this one's, changed where the device needs it."""
-    made = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    made = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONSTARTUP"):
         made.pop(name, None)  # a trainer's rank is none of the server's
     for name in [name for name in made if name.startswith("TORCHELASTIC_")]:

@@ -1,9 +1,8 @@
 """The process between the trainer and one server: nothing of the server outlives the trainer, however that ends. Standard library.
 
 Started by :mod:`launch` as ``python keeper.py PARENT_PID LOG COMMAND...``. The other end of its stdin is the trainer's alone: when
-that closes, when the parent is another one, or at SIGTERM, the server's processes are told to end and then killed. It is a
-subreaper, so that whatever the server has started becomes its child and is killed with it. Exit status: the server's, 128 + signal
-where one ended it.
+that closes, when the parent is another one, or at SIGTERM, the server's processes are killed. It is a subreaper, so that whatever
+the server has started becomes its child and is killed with it. Exit status: the server's, 128 + signal where one ended it.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 TICK_SECONDS = 0.2
-GRACE_SECONDS = 2.0
-"""After SIGTERM, before SIGKILL: an idle server ends in less."""
 
 
 def main(parent: int, log: str, command: list[str]) -> int:
@@ -49,12 +46,11 @@ def main(parent: int, log: str, command: list[str]) -> int:
 
 
 def end(server: subprocess.Popen) -> None:
-    """End the server and all that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGTERM)
-    until = time.monotonic() + GRACE_SECONDS
-    while server.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
+    """Kill the server and all that it has started, and remove what it leaves in shared memory.
+
+    Without a request to end: SGLang would then wait for its requests and take the end of its own scheduler for a crash.
+    """
+    left = shared_files()
     while pids := children():
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -65,12 +61,28 @@ def end(server: subprocess.Popen) -> None:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         time.sleep(0.01)
+    for file in left:
+        with contextlib.suppress(OSError):
+            os.unlink(file)
 
 
-def children() -> list[int]:
-    """Processes whose parent this one is: orphans of the server too."""
+def shared_files() -> set[str]:
+    """Files of SGLang's in shared memory that its processes hold now: others' are other servers'."""
+    found: set[str] = set()
+    waiting = children()
+    while waiting:
+        pid = waiting.pop()
+        with contextlib.suppress(OSError):
+            waiting += children(pid)
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            found |= {line.split()[-1] for line in lines if "/dev/shm/sglang_" in line and not line.endswith("(deleted)")}
+    return found
+
+
+def children(pid: int | str = "self") -> list[int]:
+    """Processes whose parent that one is; of this one: orphans of the server too."""
     found: list[int] = []
-    for task in Path("/proc/self/task").iterdir():
+    for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):
             found += [int(pid) for pid in (task / "children").read_text().split()]
     return found

@@ -114,7 +114,7 @@ class Owned:
             part.flush()
             return first_error(Path(part.name))
 
-    def end(self, timeout_seconds: float = keeper.GRACE_SECONDS + 10) -> None:
+    def end(self, timeout_seconds: float = 20) -> None:
         """End it with all its processes."""
         if self.process is None:
             return
