@@ -34,5 +34,6 @@ ARGUMENTS = {
     "cuda_graph_backend_decode": "disabled",
     "cuda_graph_backend_prefill": "disabled",
     "disable_overlap_schedule": True,
+    "sleep_on_idle": True,
 }
-"""Server arguments on a CPU: the backends that need no compiled kernel."""
+"""Server arguments on a CPU: the backends that need no compiled kernel; and it sleeps where it would spin, for others need the core."""

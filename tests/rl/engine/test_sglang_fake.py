@@ -32,7 +32,7 @@ def run(test):
 
 
 async def engine(*fakes: FakeServer, version: int = 4, **knobs):
-    choice = SglangEngine(url=[fake.url for fake in fakes], **knobs)
+    choice = SglangEngine(url=" ".join(fake.url for fake in fakes), **knobs)
     made = await asyncio.to_thread(choice.build, EngineRuntime(HF, eos_id=EOS))
     made.version = version
     return made
@@ -232,7 +232,10 @@ async def test_a_prompt_stays_with_its_server_and_load_is_shared():
         for fake in fakes:
             fake.bodies.clear()
         await asyncio.gather(*(served.complete(ask(2, [group] * 4)) for group in range(12) for _ in range(4)))
-        homes = [{index for index, fake in enumerate(fakes) for body in fake.bodies if body.get("input_ids") == [group] * 4} for group in range(12)]
+        homes = [
+            {index for index, fake in enumerate(fakes) for body in fake.bodies if body.get("input_ids") == [group] * 4}
+            for group in range(12)
+        ]
         assert all(len(home) == 1 for home in homes), "a group's prompt is read once"
         assert [sum(home == {index} for home in homes) for index in range(3)] == [4, 4, 4]
 
@@ -322,7 +325,10 @@ async def test_posts_say_what_failed():
         assert (await asyncio.to_thread(server.post, "/flush_cache"))["success"]
         fake.fail["/update_weights_from_tensor"] = (400, {"success": False, "message": "no such tensor"})
         fake.fail["/end_weight_update"] = (200, {"success": False, "message": "nothing begun"})
-        for path, status, said in (("/update_weights_from_tensor", 400, "no such tensor"), ("/end_weight_update", 200, "nothing begun")):
+        for path, status, said in (
+            ("/update_weights_from_tensor", 400, "no such tensor"),
+            ("/end_weight_update", 200, "nothing begun"),
+        ):
             with pytest.raises(EngineError) as caught:
                 await asyncio.to_thread(server.post, path, {})
             with pytest.raises(EngineError):

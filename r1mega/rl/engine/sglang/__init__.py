@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 class SglangEngine:
     """Generates on stock SGLang servers, 0.5.16 or newer, with token ids in and out. They serve after the first push."""
 
-    url: Any = knob(
-        None,
-        "servers that run already: a URL or a list; null: we start them",
-        "URL",
+    url: str | None = knob(
+        None, "server that runs already; several with spaces between them, in quotes; null: we start our own", "URL"
     )
     router: str | None = knob(
         None, "sglang-router in front of these servers, which then chooses among them; null: the one with the least to do", "URL"
@@ -54,15 +52,9 @@ class SglangEngine:
     may_update: bool = knob(False, "r1mega doctor may replace the weights of the server that it looks at", "bool")
     api_key_variable: str = knob("", "environment variable that holds the servers' API key; empty: they have none", "name")
 
-    def __post_init__(self):
-        if self.url is not None and not isinstance(self.url, str) and not all(isinstance(one, str) for one in self.url):
-            raise UserError(f"engine.url: a URL or a list of them; got {self.url!r}; write engine.url=http://127.0.0.1:30000")
-
     def urls(self) -> list[str]:
         """Of servers that run already."""
-        if self.url is None:
-            return []
-        return [self.url] if isinstance(self.url, str) else list(self.url)
+        return (self.url or "").replace(",", " ").split()
 
     def wanted(self) -> list[str]:
         """Features that the config asks for, by their names in :class:`~r1mega.rl.engine.sglang.features.Features`."""

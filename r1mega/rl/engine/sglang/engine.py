@@ -60,16 +60,19 @@ class ServedEngine:
         self.choice, self.runtime = choice, runtime
         _raise_open_files(choice.concurrency)
         self.fleet = None if choice.url else Fleet(choice, runtime)
-        if self.fleet:
-            found = [one.server for one in self.fleet.owned]
-            self.fleet.on_death, self.fleet.on_ready = self._died, self._revived
-        else:
-            found = [Server.open(url, choice.api_key()) for url in choice.urls()]
-        self.router = Server(choice.router, choice.api_key()) if choice.router else None
-        for server in found:
-            server.features.require(choice.wanted(), f"engine.url {server.url}" if choice.url else f"engine.servers {server.url}")
+        try:
+            found = [one.server for one in self.fleet.owned] if self.fleet else [*map(self._open, choice.urls())]
+            self.router = Server(choice.router, choice.api_key()) if choice.router else None
+            for server in found:
+                server.features.require(choice.wanted(), f"engine=sglang {server.url}")
+        except BaseException:
+            if self.fleet:
+                self.fleet.close()
+            raise
         self.seats = [Seat(server) for server in found]
         self.counts = {"requests": 0, "pieces": 0, "tokens": 0, "resent": 0, "deaths": 0}
+        if self.fleet:
+            self.fleet.on_death, self.fleet.on_ready = self._died, self._revived
         config = runtime.hf_config
         self._routing = (
             answers.Routing(config["num_hidden_layers"], config["num_experts_per_tok"], config["n_routed_experts"])
@@ -82,6 +85,9 @@ class ServedEngine:
         self._probed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+
+    def _open(self, url: str) -> Server:
+        return Server.open(url, self.choice.api_key())
 
     @property
     def version(self) -> int:
