@@ -16,10 +16,14 @@ class DoctorConfig(RunConfig):
 
     Every package is really tried, in a process of its own under a time limit. Exit status 0: all that make quickstart and make
     test need works; 1: something of it does not. Writes nothing; the disk looked at is the one of ``out``.
+
+    With ``engine=sglang engine.url=URL`` that server instead, against what engine=sglang relies on; ``engine.may_update=true``
+    also tries what would disturb its other users.
     """
 
     json: bool = knob(False, "print one JSON object instead of the table", "bool")
     timeout_seconds: float = knob(180.0, "longest time of one check", "seconds", **at_least(1))
+    engine: Any = knob(None, "a server to look at: engine=sglang engine.url=URL; null: this machine", "choice")
 
 
 @dataclass

@@ -28,6 +28,8 @@ def main(overrides: Sequence[str]) -> int:
 
 def doctor(cfg: DoctorConfig) -> dict[str, Any]:
     """Run all checks, print them, and return them."""
+    if cfg.engine is not None:
+        return servers(cfg)
     found = checks(Path(cfg.out))
     results = []
     say = (lambda text: None) if cfg.json else (lambda text: print(text, flush=True))
@@ -41,6 +43,27 @@ def doctor(cfg: DoctorConfig) -> dict[str, Any]:
     say(f"\n{verdict(results)}")
     if cfg.json:
         print(json.dumps(whole, indent=2, ensure_ascii=False))
+    return whole
+
+
+def servers(cfg: DoctorConfig) -> dict[str, Any]:
+    """Look at the servers of ``cfg.engine``, print, and return as :func:`doctor` does; usable: nothing is at fault."""
+    from r1mega.doctor import engine
+    from r1mega.rl.engine.sglang import SglangEngine
+
+    if not isinstance(cfg.engine, SglangEngine):
+        raise UserError("engine: doctor looks at SGLang servers; got another engine; write engine=sglang engine.url=URL")
+    wide, results = [Check(name, True, "", "") for name in engine.names()], []
+    for result in engine.examine_servers(cfg.engine):
+        if not cfg.json:
+            print(row(result | {"required": False}, wide), flush=True)
+        results.append(result)
+    faults = [one["name"] for one in results if one["state"] == "fault"]
+    whole = {"r1mega": __version__, "usable": not faults, "checks": results}
+    if cfg.json:
+        print(json.dumps(whole, indent=2, ensure_ascii=False))
+    else:
+        print(f"\nverdict: {'not fit for engine=sglang: ' + ', '.join(faults) if faults else 'fit for engine=sglang'}")
     return whole
 
 

@@ -20,6 +20,7 @@ from r1mega.config.rl import RlConfig
 from r1mega.data.problems import load_problems
 from r1mega.data.prompts import PromptStream
 from r1mega.rl.batch import RolloutRow
+from r1mega.rl.engine.contract import WEIGHTS
 from r1mega.rl.environment import Single
 from r1mega.rl.learner import Learner
 from r1mega.rl.ledger import FOLDER, Frame, History, Ledger, next_start
@@ -234,12 +235,12 @@ class Run:
         in_step = self.sizes.lag == 0 and self.sizes.oversample == 1.0
         is_sleeping = in_step and self.mesh.is_first and self.engine.sleeps
         if is_sleeping:
-            self.engine.sleep()
+            self.rollouts.call(self.engine.sleep())
         self.mesh.barrier()
         yield
         if is_sleeping:
             self.mesh.device.release_unused()
-            self.engine.wake()
+            self.rollouts.call(self.engine.wake((WEIGHTS,)))
 
     def push(self) -> None:
         """Hand the weights to the engine and have it prove that it holds them; nothing is sampled meanwhile."""
@@ -257,6 +258,8 @@ class Run:
             self.mesh.agree(failure)
             if self.engine is not None:
                 self.engine.version = version
+            if self.mesh.is_first:
+                self.rollouts.call(self.engine.wake())
 
     def count(self, taken: Taken, rows: list[RolloutRow], seconds: float) -> None:
         """The rollout is trained on: counted, and written into the ledger as used."""

@@ -59,14 +59,15 @@ def open_engine(choice: Any, policy: Policy, tokenizer: Tokenizer, folder: Path,
     Servers are started, or found, by the first rank; the others are told where they are. Called by all ranks.
     """
     mesh = policy.mesh
+    if mesh.data_size > 1 and hasattr(choice, "shared"):
+        choice = replace(choice, shared=True)
     runtime = EngineRuntime(
         hf_config=policy.published_config(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id),
         device=str(mesh.device.torch_device),
         dtype=str(policy.torch_dtype).removeprefix("torch."),
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
-        folder=str(folder / "engine"),
-        tokenizer=str(tokenizer.path),
+        folder=str(folder),
     )
     engine, failure = None, ""
     try:
@@ -74,9 +75,9 @@ def open_engine(choice: Any, policy: Policy, tokenizer: Tokenizer, folder: Path,
     except UserError as error:
         failure = str(error)
     mesh.agree(failure)
-    urls = mesh.broadcast_object(tuple(getattr(engine, "urls", ())))
+    urls = mesh.broadcast_object([server.url for server in getattr(engine, "servers", ())])
     if generates and engine is None:
-        engine = choice.build(replace(runtime, urls=urls))
+        engine = (replace(choice, url=" ".join(urls), shared=True) if urls else choice).build(runtime)
     return engine
 
 
@@ -89,7 +90,7 @@ def serving(choice: Any, policy: Policy, tokenizer: Tokenizer, folder: Path) -> 
         device, failure = str(policy.mesh.device.torch_device), ""
         runtime = PushRuntime(engine, config, servers=lambda: engine.servers, device=device, folder=folder / "pushes")
         try:
-            if policy.mesh.is_first or not getattr(engine, "urls", ()):
+            if policy.mesh.is_first or not hasattr(engine, "servers"):
                 AutoPush().build(runtime).send(policy.published_tensors(), version=0)
         except UserError as error:
             failure = str(error)

@@ -2,5 +2,6 @@
 
 from r1mega.rl.engine.contract import Engine, EngineRuntime, Request, generate
 from r1mega.rl.engine.local import LocalEngine
+from r1mega.rl.engine.sglang import SglangEngine
 
-__all__ = ["Engine", "EngineRuntime", "LocalEngine", "Request", "generate"]
+__all__ = ["Engine", "EngineRuntime", "LocalEngine", "Request", "SglangEngine", "generate"]

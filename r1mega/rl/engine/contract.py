@@ -20,8 +20,7 @@ class EngineRuntime:
 
     ``hf_config``: the content of the model's ``config.json`` (``DeepseekV3ForCausalLM``); ``device``: a torch device ("cpu",
     "cuda:0"); ``dtype``: "float32" or "bfloat16", the parameters'; ``eos_id`` ends a response; ``pad_id`` fills up prompts.
-    ``folder``: where an engine's own files and logs go; ``tokenizer``: a tokenizer's folder. ``urls``: servers that another rank
-    has started for all; () where this one is to start or to find them.
+    ``folder``: of the run, for an engine's files and logs; "": a temporary one.
     """
 
     hf_config: dict[str, Any]
@@ -30,13 +29,16 @@ class EngineRuntime:
     eos_id: int = 1
     pad_id: int = 0
     folder: str = ""
-    tokenizer: str = ""
-    urls: tuple[str, ...] = ()
+
+
+WEIGHTS = "weights"
+TAGS = (WEIGHTS, "kv_cache", "cuda_graph")
+"""What an engine's memory is for, in SGLang's words."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One response that is wanted. ``prompt``: token ids, at least one; ``seed``: decides what is drawn, as far as an engine can."""
+    """A response that is wanted. ``prompt``: token ids, at least one; ``seed``: decides what is drawn, as far as an engine can."""
 
     prompt: list[int]
     sampling: SamplingConfig
@@ -60,11 +62,11 @@ class Engine(Protocol):
     async def resume(self) -> None:
         """Requests go on, under the weights that are served now."""
 
-    def sleep(self) -> None:
+    async def sleep(self) -> None:
         """Give device memory back, weights included; an engine that cannot does nothing. Nothing runs while it sleeps."""
 
-    def wake(self) -> None:
-        """Take the memory again; weights come by the next push."""
+    async def wake(self, tags: tuple[str, ...] = TAGS) -> None:
+        """Take the memory of these :data:`TAGS` again: of the weights before the next push, of the rest after it."""
 
     def close(self) -> None:
         """End it and all that it started; safe to call twice."""

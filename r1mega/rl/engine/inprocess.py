@@ -58,10 +58,10 @@ class InProcessEngine:
         batcher = Batcher(self._complete)
         self.complete, self.pause, self.resume = batcher.ask, batcher.pause, batcher.resume
 
-    def sleep(self) -> None:
+    async def sleep(self) -> None:
         """Nothing: its memory is the trainer's process's."""
 
-    def wake(self) -> None:
+    async def wake(self, tags: tuple[str, ...] = ()) -> None:
         """Nothing."""
 
     def close(self) -> None:
