@@ -84,6 +84,7 @@ class Rollouts:
         self.known, self.reused = dict(known or {}), 0
         self.running, self.tokens = 0, 0
         self._pool: dict[int, asyncio.Task[list[Sample]]] = {}
+        self._taking: asyncio.Task[Taken] | None = None
         self._judging = Batcher(lambda asked: judge.records([sample.problem for sample, _ in asked], [text for _, text in asked]))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
@@ -96,12 +97,15 @@ class Rollouts:
         except BaseException as failures:
             raise first_of(failures) from failures
 
+    def look(self, seconds: float | None = None) -> str:
+        """Work on the next rollout until it is "done", a server is "stale" and wants a push, or ``seconds`` are over ("waiting")."""
+        return self.call(self._look(seconds))
+
     def take(self) -> Taken:
         """The groups of the next rollout; waits for them. Raises what failed in any of the groups."""
-        began = time.perf_counter()
-        taken = self.call(self._take())
-        taken.waited_seconds = time.perf_counter() - began
-        return taken
+        self.call(self._look(None, heed_stale=False))
+        taking, self._taking = self._taking, None
+        return taking.result()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -124,8 +128,20 @@ class Rollouts:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=30)
 
+    async def _look(self, seconds: float | None, *, heed_stale: bool = True) -> str:
+        if self._taking is None:
+            self._taking = asyncio.create_task(self._take())
+        watched = {self._taking}
+        if heed_stale and hasattr(self.engine, "wait_for_stale"):
+            watched.add(asyncio.create_task(self.engine.wait_for_stale()))
+        await asyncio.wait(watched, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        is_stale = any(task.done() for task in watched - {self._taking})
+        for task in watched - {self._taking}:
+            task.cancel()
+        return "done" if self._taking.done() else "stale" if is_stale else "waiting"
+
     async def _take(self) -> Taken:
-        plan, taken = self.plan, Taken()
+        plan, taken, began = self.plan, Taken(), time.perf_counter()
         while len(taken.groups) < plan.share:
             wanted = plan.share - len(taken.groups)
             self._fill(math.ceil(wanted * plan.oversample) + plan.share * plan.lag)
@@ -135,6 +151,7 @@ class Rollouts:
             if len(taken.groups) + len(taken.dropped) >= plan.patience * plan.share:
                 missing = plan.share - len(taken.groups)
                 taken.groups, taken.dropped = taken.groups + taken.dropped[:missing], taken.dropped[missing:]
+        taken.waited_seconds = time.perf_counter() - began
         return taken
 
     def _fill(self, count: int) -> None:
@@ -151,6 +168,8 @@ class Rollouts:
 
     async def _abandon(self) -> None:
         tasks, self._pool = list(self._pool.values()), {}
+        if self._taking is not None:
+            tasks, self._taking = [self._taking, *tasks], None
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

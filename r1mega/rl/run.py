@@ -44,6 +44,10 @@ from r1mega.train.saving import run_saver
 from r1mega.train.trainee import StepResult
 
 
+AGREE_SECONDS = 2.0
+"""Between two looks of several ranks at each other while they wait for rollouts."""
+
+
 @contextmanager
 def opened(config: RlConfig) -> Iterator[Run]:
     """A run, ready for its next rollout; what it has started ends with the context, however that ends."""
@@ -180,8 +184,15 @@ class Run:
         return time.perf_counter()
 
     def take(self) -> Taken:
-        """The next rollout's groups of this data rank; all its ranks get them."""
+        """The next rollout's groups of this data rank; all its ranks get them. Servers that have come back get a push meanwhile."""
         taken, failure = Taken(), ""
+        seconds = AGREE_SECONDS if self.mesh.world_size > 1 else None
+        states = {"waiting"}
+        while states != {"done"}:
+            states = set(self.mesh.gather_everywhere(self.rollouts.look(seconds) if self.rollouts else "done"))
+            if "stale" in states:
+                self.metrics.event("pushed again", self.done + 1, "a server has started anew")
+                self.push()
         if self.rollouts is not None:
             try:
                 taken = self.rollouts.take()
