@@ -1,5 +1,6 @@
 # make quickstart   the main job: from nothing to runs/quickstart/report.html
 # make test         the tests that take seconds each; make test-full: all of them; make lint: style and the test of the house
+# make sglang       .venv-sglang: an SGLang server for engine=sglang on a CPU, with packages of its own; the tests have one too
 #
 # All of them make .venv first when it is missing. Two variables choose what goes into it:
 #
@@ -20,8 +21,9 @@ NAME := quickstart$(if $(device),_$(device))$(if $(seed),_seed$(seed))
 CHOICES := $(if $(device),device=$(device)) $(if $(filter cuda,$(device)),precision=bf16) $(if $(seed),seed=$(seed))
 VENV := .venv
 BIN := $(VENV)/bin
+SGLANG := .venv-sglang
 
-.PHONY: .venv quickstart test test-full lint clean
+.PHONY: .venv sglang quickstart test test-full lint clean
 
 .venv: $(VENV)/.complete
 
@@ -35,13 +37,24 @@ $(VENV)/.complete: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*)
 	-@$(BIN)/python setup.py -q build_ext --inplace > $(VENV)/build_ext.log 2>&1 || echo "no C++ kernels ($(VENV)/build_ext.log says why); plain torch does their work"
 	@touch $@
 
+sglang: $(SGLANG)/.complete
+
+# Without its dependencies, which are for a GPU: the list is whole. Another list updates what is there.
+$(SGLANG)/.complete: r1mega/compat/sglang_cpu/requirements.txt
+	@test -n "$(PYTHON)" || { echo "PYTHON: 3.11 or 3.12; got neither on PATH; install one or pass PYTHON=/path/to/python"; exit 2; }
+	@test -e $@ || rm -rf $(SGLANG)
+	@test -e $@ || $(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install --disable-pip-version-check --quiet $(TORCH)
+	$(SGLANG)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -r $<
+	@touch $@
+
 quickstart: .venv
 	$(BIN)/r1mega recipe recipe=quickstart name=$(NAME) launch.processes=$(if $(device),1,$(PROCESSES)) $(CHOICES)
 
-test: .venv
+test: .venv sglang
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
-test-full: .venv
+test-full: .venv sglang
 	$(BIN)/python -m pytest -q
 
 lint: .venv

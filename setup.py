@@ -143,7 +143,7 @@ if __name__ == "__main__":
     setup(
         packages=[*find_namespace_packages(include=["r1mega", "r1mega.*"], exclude=["*__pycache__*"]), "r1mega.configs"],
         package_dir={"r1mega.configs": "configs"},
-        package_data={"r1mega.configs": ["*.yaml", "*/*.yaml"]},
+        package_data={"r1mega.configs": ["*.yaml", "*/*.yaml"], "r1mega.compat.sglang_cpu": ["requirements.txt"]},
         include_package_data=False,
         **kernels(),
     )

@@ -18,7 +18,8 @@ class EngineRuntime:
     """What an engine is built from.
 
     ``hf_config``: the content of the model's ``config.json`` (``DeepseekV3ForCausalLM``); ``device``: a torch device ("cpu",
-    "cuda:0"); ``dtype``: "float32" or "bfloat16", the parameters'; ``eos_id`` ends a response; ``pad_id`` fills up prompts.
+    "cuda:0"); ``dtype``: "float32" or "bfloat16", the parameters'; ``eos_id`` ends a response; ``pad_id`` fills up prompts;
+    ``folder``: of the run, for an engine's logs; "": a temporary one.
     """
 
     hf_config: dict[str, Any]
@@ -26,6 +27,16 @@ class EngineRuntime:
     dtype: str = "float32"
     eos_id: int = 1
     pad_id: int = 0
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to one prompt of token ids. ``seed``: engines that can give the same tokens for the same one."""
+
+    prompt: list[int]
+    sampling: SamplingConfig
+    seed: int
 
 
 class Engine(Protocol):

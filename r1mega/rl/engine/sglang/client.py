@@ -36,7 +36,7 @@ class EngineError(UserError):
 class Server:
     """A server that answers at ``url``.
 
-    ``info``: of /server_info, read once by :meth:`open`; ``version``: SGLang's; ``features``; ``tp_size``, ``dp_size``, ``pp_size``.
+    ``info``: of /server_info, read by :meth:`open`; ``version``: SGLang's; ``features``; ``tp_size``, ``dp_size`` and ``pp_size``.
     ``post`` and ``get`` block the thread that calls and may be called from any; ``apost``, ``aget`` and ``generate`` belong to the
     event loop that runs.
     """
@@ -53,6 +53,7 @@ class Server:
         self.pool = http.Pool(self.address)
         self.info: dict[str, Any] = {}
         self.features: Features | None = None
+        self.generation = 0  # of the process behind the address: one more after each restart
 
     @classmethod
     def open(cls, url: str, api_key: str = "", timeout_seconds: float = PROBE_SECONDS) -> Server:

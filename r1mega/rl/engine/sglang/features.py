@@ -46,10 +46,10 @@ class Features:
     ``version``: as the server says it; ``number``: its three numbers. ``sampling_mask``: /generate takes return_sampling_mask.
     ``version_spans``: answers carry meta_info.weight_versions. ``update_sessions``: begin and end are mandatory around updates by
     tensor and by group, never sent to one without. ``selector``: updates name target, draft or all; before it, by tensor,
-    ``disable_draft_model``. ``draft_over_group``: updates by group reach the draft model. ``checksum``: /weights_checker hashes what
-    is served. ``safe_flush``: a refused flush is an answer, not the server's end. ``live_model_info``: live values are in
-    /model_info. ``routed_experts``, ``memory_saver``, ``weights_backup``, ``deterministic`` (sampling_seed is honoured): switched on
-    by arguments. ``draft``: serves a draft model. ``no_tokenizer``: started with skip_tokenizer_init.
+    ``disable_draft_model``. ``draft_over_group``: updates by group reach the draft model. ``checksum``: /weights_checker hashes
+    what is served. ``safe_flush``: a refused flush is an answer, not the server's end. ``live_model_info``: live values are in
+    /model_info. ``routed_experts``, ``memory_saver``, ``weights_backup`` and ``deterministic`` (sampling_seed is honoured):
+    switched on by arguments. ``draft``: serves a draft model. ``no_tokenizer``: started with skip_tokenizer_init.
     """
 
     version: str
@@ -71,7 +71,7 @@ class Features:
 
     @classmethod
     def of(cls, info: dict[str, Any], where: str) -> Features:
-        """From ``/server_info``; ``where`` names the server in errors. Raises UserError for one that is too old or says no version."""
+        """From ``/server_info``; ``where`` names the server in errors. Raises UserError for one too old, or without a version."""
         version = info.get("version")
         found = re.match(r"(\d+)\.(\d+)\.(\d+)", version) if isinstance(version, str) else None
         if not found:
