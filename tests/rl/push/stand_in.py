@@ -70,7 +70,7 @@ class Rank:
             target = f"{found[1]}.gate_up_proj.{found[3]}"
             share = rows(self.tp)
             held = self.params.setdefault(target, torch.zeros(2, *share.shape, dtype=share.dtype))
-            held[found[2] == "up"] = share
+            held[int(found[2] == "up")] = share
         elif "q_a_proj" in name or "kv_a_proj_with_mqa" in name:
             waiting[name] = weight
             first, second = name.replace("kv_a_proj_with_mqa", "q_a_proj"), name.replace("q_a_proj", "kv_a_proj_with_mqa")
