@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,11 +40,11 @@ class Served:
         return SETS[self.number % 2], self.number
 
 
-@pytest.fixture(scope="session")
-def served(tmp_path_factory) -> Served:
-    folder = tmp_path_factory.mktemp("push")
+@contextlib.contextmanager
+def serving(folder: Path, **knobs: Any) -> Iterator[Served]:
+    """A server of our own; skips where there is no environment for it."""
     try:
-        engine = SglangEngine().build(EngineRuntime(CONFIG, folder=str(folder)))
+        engine = SglangEngine(**knobs).build(EngineRuntime(CONFIG, folder=str(folder)))
     except UserError as error:
         if "make sglang" in str(error) and not os.environ.get("R1MEGA_CI"):
             pytest.skip("no .venv-sglang: make sglang")
@@ -50,3 +53,16 @@ def served(tmp_path_factory) -> Served:
         yield Served(engine, PushRuntime(engine, CONFIG, lambda: engine.servers, folder=folder / "versions"))
     finally:
         engine.close()
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("push")) as made:
+        yield made
+
+
+@pytest.fixture
+def cut_in_two(tmp_path) -> Iterator[Served]:
+    """A server of two tensor parallel ranks."""
+    with serving(tmp_path, args={"tp_size": 2}, environment={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}) as made:
+        yield made

@@ -240,5 +240,20 @@ def test_the_probe_compares_log_probabilities(served, by_tensor):
         push.send(tensors, version)
 
 
+@pytest.mark.slow
+def test_both_ranks_of_a_server_are_proven(cut_in_two):
+    for way in WAYS.values():
+        push = way(bucket_bytes=SMALL, proof="checksum").build(cut_in_two.runtime)
+        for _ in range(2):
+            tensors, version = cut_in_two.next()
+            push.send(tensors, version)
+        assert cut_in_two.engine.version == version
+        push.close()
+    fault, wrong = FAULTS["two experts exchanged"]
+    push = TensorPush(bucket_bytes=SMALL, proof="checksum").build(cut_in_two.runtime)
+    said = fails(cut_in_two, push, fault)
+    assert f"got wrong {wrong[0]}:" in said and "of rank 1 at" in said
+
+
 def test_atoms_keep_a_layers_attention():
     assert atom_of(QUERY) == atom_of(KEY) == atom_of(KEY + "_scale_inv") != atom_of(BIAS)
