@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import pickletools
+import re
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +15,7 @@ from r1mega.config.errors import UserError
 from r1mega.model.names import parts
 from r1mega.registry import choices
 from r1mega.rl.engine import EngineRuntime, LocalEngine
-from r1mega.rl.push import MemoryPush, PushRuntime
+from r1mega.rl.push import MemoryPush, PushRuntime, wire
 from r1mega.rl.push.plan import Coverage, atom_of, buckets, nbytes
 from r1mega.rl.push.wire import encode, fill, room
 from tests.rl.push.cases import CONFIG, MODEL, SETS
@@ -74,6 +77,37 @@ def test_a_payload_is_what_went_in(tight):
         given = dict(pairs)[name]
         assert tensor.dtype == given.dtype and torch.equal(tensor.view(torch.uint8), given.view(torch.uint8))
     assert not [name for name in sys.modules if name.split(".")[0] == "sglang"], "the stand-in is gone"
+
+
+def test_gpu_memory_goes_as_a_handle_by_its_unique_id(monkeypatch):
+    from torch.multiprocessing import reductions
+
+    bucket = fill(torch.empty(64, dtype=torch.uint8), [("a", torch.randn(3, 5))], tight=False)
+    given = (
+        torch.Tensor,
+        torch.Size([60]),
+        (1,),
+        0,
+        torch.UntypedStorage,
+        torch.uint8,
+        0,
+        b"handle",
+        64,
+        0,
+        False,
+        b"",
+        0,
+        b"",
+        False,
+    )
+    monkeypatch.setattr(wire.devices, "is_shared_by_handle", lambda device: True)
+    monkeypatch.setattr(wire.devices, "unique_id", lambda device: "GPU-1234")
+    monkeypatch.setattr(reductions, "reduce_tensor", lambda tensor: (reductions.rebuild_cuda_tensor, given))
+    payload = base64.b64decode(encode(bucket))
+    found = [argument for _, argument, _ in pickletools.genops(payload) if isinstance(argument, str)]
+    assert "GPU-1234" in found and "rebuild_cuda_tensor" in found and "torch.multiprocessing.reductions" in found
+    modules = {text.split(" ")[0] for text in found if re.fullmatch(r"(sglang|torch|collections|copyreg)[.\w]*", text)}
+    assert wire.BUCKET_MODULE in modules and not [text for text in found if text.startswith("r1mega")]
 
 
 def test_memory_proves_what_the_engine_holds():
