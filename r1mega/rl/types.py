@@ -21,8 +21,18 @@ class Completion:
 
 @dataclass(frozen=True)
 class RewardRecord:
-    """What one reward said of one response: its value, and why it failed ("" when it did not)."""
+    """What one reward said of one response: its value, why it failed ("" when it did not), and what it noted (:class:`Noted`)."""
 
     value: float
     seconds: float
     failure: str = ""
+    note: str = ""
+
+
+class Noted(float):
+    """A reward's value with a word on how it came about ("test 3: wrong"): no failure of the reward, but kept with its record."""
+
+    def __new__(cls, value: float, note: str = "") -> Noted:
+        made = super().__new__(cls, value)
+        made.note = note
+        return made

@@ -3,9 +3,9 @@
     with Sandbox() as sandbox:
         result = sandbox.run(Job((PYTHON, "main.py"), stdin=b"1 2", files={"main.py": code}), Limits(wall_seconds=2.0))
 
-Each program has a sandbox of its own (:mod:`r1mega.rl.sandbox.inside`): it sees no process, no network and no file of the machine but
-the interpreter and the system's libraries, and nothing of it is left when ``run`` returns, at most a second after its limit. Linux
-on x86_64 or aarch64. Needs user, pid, mount and network namespaces and seccomp; :func:`why_not` says what is refused.
+Each program has a sandbox of its own (:mod:`r1mega.rl.sandbox.inside`): it sees no process, no network and no file of the machine
+but the interpreter and the system's libraries, and nothing of it is left when ``run`` returns, at most a second after its limit.
+Linux on x86_64 or aarch64. Needs user, pid, mount and network namespaces and seccomp; :func:`why_not` says what is refused.
 ``confined=False`` is weaker: limits, and the end of all processes, but the program sees the user's files and processes.
 """
 
@@ -30,11 +30,15 @@ from r1mega.rl.sandbox.limits import Job, Limits, Result
 PYTHON = os.path.realpath(sys.executable)
 """The interpreter of a program, without the packages of a virtual environment."""
 SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+START_SECONDS = 60.0
+"""Longest start of the supervisor."""
 GRACE_SECONDS = 0.9
 """How long after a program's limit its result is waited for."""
+END_SECONDS = 1.5
+"""Longest wait for a supervisor that was told to end, before it is killed, with which all below it die."""
 WAYS_OUT = (
-    "allow user namespaces (a container: run it with --security-opt seccomp=unconfined or --cap-add SYS_ADMIN; a host: sysctl "
-    "user.max_user_namespaces, kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0)"
+    "allow user namespaces (a container: run it with --security-opt seccomp=unconfined --security-opt apparmor=unconfined; a host: "
+    "sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0)"
 )
 
 
@@ -57,9 +61,12 @@ class Sandbox:
         given = {"argv": job.argv, "stdin": job.stdin.decode("latin-1")}
         given["files"] = {name: body.decode("latin-1") for name, body in job.files.items()}
         request = {"job": given, "limits": dataclasses.asdict(limits), "shows": self.shows, "confined": self.confined}
-        start = time.monotonic()
         if self.process is None:
             self.process = self._start()
+            if not self._exchange(b"", time.monotonic() + START_SECONDS):
+                self.close()
+                return Result("refused", 0, b"", b"", 0.0, "the sandbox's supervisor did not start")
+        start = time.monotonic()
         line = self._exchange(json.dumps(request).encode() + b"\n", start + limits.wall_seconds + GRACE_SECONDS)
         seconds = time.monotonic() - start
         if line is None:
@@ -79,7 +86,8 @@ class Sandbox:
         os.set_blocking(to, False)
         poll, answer, view = select.poll(), bytearray(), memoryview(data)
         poll.register(back, select.POLLIN)
-        poll.register(to, select.POLLOUT)
+        if data:
+            poll.register(to, select.POLLOUT)
         while not answer.endswith(b"\n"):
             left = deadline - time.monotonic()
             if left <= 0:
@@ -104,7 +112,7 @@ class Sandbox:
     def _start(self) -> subprocess.Popen:
         """The supervisor, with nothing of our environment and no packages."""
         root = str(Path(__file__).resolve().parents[3])
-        code = "import sys; sys.path.insert(0, sys.argv[1]); from r1mega.rl.sandbox import supervisor; supervisor.main(int(sys.argv[2]))"
+        code = "import sys; sys.path.insert(0, sys.argv[1]); from r1mega.rl.sandbox.supervisor import main; main(int(sys.argv[2]))"
         return subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", code, root, str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -122,7 +130,7 @@ class Sandbox:
             with contextlib.suppress(OSError):
                 pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=0.05)
+            self.process.wait(timeout=END_SECONDS)  # it ends what it runs, then itself
         self.process.kill()
         self.process.wait()
         self.process = None
@@ -154,7 +162,9 @@ def why_not() -> str:
         result = sandbox.run(Job((PYTHON, "-I", "-S", "-c", "print(6 * 7)")), Limits(wall_seconds=20.0))
     if result.end == "ok" and result.stdout == b"42\n":
         return ""
-    return result.detail or f"a trial program ended with {result.end} {result.status}: {result.stderr[-200:].decode(errors='replace')}"
+    return (
+        result.detail or f"a trial program ended with {result.end} {result.status}: {result.stderr[-200:].decode(errors='replace')}"
+    )
 
 
 def require() -> None:

@@ -107,7 +107,7 @@ def enter_namespaces(way: Way) -> None:
 
 
 def spare_id(kind: str, own: int) -> int:
-    """A user or group of this user namespace that nobody is, from the end of the numbers that it holds; our own if there is none."""
+    """A user or group that nobody is, from the end of the numbers that this user namespace holds; our own if there is none."""
     if os.geteuid() != 0:
         return own
     with open(f"/proc/self/{kind}_map") as file:

@@ -31,6 +31,7 @@ def main(parent: int) -> None:
     inside.tied_to(parent)
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1, "CHILD_SUBREAPER")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.write(1, b"\n")  # ready
     for line in sys.stdin.buffer:
         request = json.loads(line)
         given = request["job"]
@@ -46,6 +47,8 @@ def run(job: Job, limits: Limits, shows: list[str], confined: bool) -> dict:
     start = time.monotonic()
     folder = None if confined else tempfile.mkdtemp(prefix="r1mega_program_")
     try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return Watched.no_result("a /proc of another PID namespace; mount one", 0.0)
         watched = Watched(job, limits, shows, folder)
         try:
             watched.watch(start + limits.wall_seconds)
@@ -86,6 +89,7 @@ class Watched:
         for fd in self.open:
             os.set_blocking(fd, False)
             poll.register(fd, select.POLLIN)
+        poll.register(0, 0)  # the parent has closed its end: nobody waits for this
         look = time.monotonic()
         while not self.kind:
             now = time.monotonic()
@@ -93,7 +97,9 @@ class Watched:
                 self.stop("time", f"wall time of {self.limits.wall_seconds:g} s")
                 return
             for fd, _ in poll.poll(max(0.0, min(deadline, look) - now) * 1000 + 0.5):
-                if not self.read(fd):
+                if fd == 0:
+                    self.stop("refused", "nobody waits for it")
+                elif not self.read(fd):
                     poll.unregister(fd)
                     self.open.discard(fd)
             if self.refused or self.code is not None or self.status_fd not in self.open and not self.folder:
@@ -142,15 +148,18 @@ class Watched:
         pids = descendants(self.first)
         if self.folder:
             pids.append(self.first)
+        if len(pids) > self.limits.processes:
+            self.stop("processes", f"{self.limits.processes} processes")
+            return
         ticks = spent(self.first)
         memory = tasks = 0
         for pid in pids:
             memory, tasks = (old + new for old, new in zip((memory, tasks), resident(pid), strict=True))
             ticks += spent(pid) if pid != self.first else 0
-        if memory > self.limits.memory_bytes:
-            self.stop("memory", f"memory of {self.limits.memory_bytes} bytes")
-        elif tasks > self.limits.processes:
+        if tasks > self.limits.processes:
             self.stop("processes", f"{self.limits.processes} processes")
+        elif memory > self.limits.memory_bytes:
+            self.stop("memory", f"memory of {self.limits.memory_bytes} bytes")
         elif ticks / HZ > self.limits.cpu_seconds:
             self.stop("time", f"processor time of {self.limits.cpu_seconds:g} s")
 
