@@ -34,7 +34,7 @@ START_SECONDS = 60.0
 """Longest start of the supervisor."""
 GRACE_SECONDS = 0.9
 """How long after a program's limit its result is waited for."""
-END_SECONDS = 1.5
+END_SECONDS = 5.0
 """Longest wait for a supervisor that was told to end, before it is killed, with which all below it die."""
 WAYS_OUT = (
     "allow user namespaces (a container: run it with --security-opt seccomp=unconfined --security-opt apparmor=unconfined; a host: "

@@ -132,6 +132,9 @@ def first(way: Way, parent: int) -> NoReturn:
         libc.call("sethostname", b"sandbox", 7)
         holder = next(folder for folder in HOLDERS if os.path.isdir(folder))
         build_root(way, holder)
+        for fd in way.fds:  # so that the program may open them again by name
+            with contextlib.suppress(OSError):
+                os.fchown(fd, *way.ids)
         named, named_by = os.pipe()
         mapped, mapped_by = os.pipe()
         child = os.fork()
@@ -166,6 +169,8 @@ def build_root(way: Way, holder: str) -> None:
     libc.mount("sandbox", holder, "tmpfs", libc.NOSUID | libc.NODEV, "size=1m,nr_inodes=4096,mode=755")
     for folder in ("tmp", "proc", "dev"):
         os.mkdir(f"{holder}/{folder}", 0o755)
+    size = f"size={way.limits.disk_bytes},nr_inodes={max(64, way.limits.disk_bytes >> 12)},mode=1777"
+    libc.mount("tmp", f"{holder}{FOLDER}", "tmpfs", libc.NOSUID | libc.NODEV, size)
     for path in way.shows:
         show(path, holder)
     for name in DEVICES:
@@ -174,9 +179,9 @@ def build_root(way: Way, holder: str) -> None:
         libc.mount(f"/dev/{name}", target, None, libc.BIND)
         flags = libc.remount_flags(target) & ~libc.NODEV
         libc.mount("", target, None, libc.BIND | libc.REMOUNT | flags | libc.RDONLY | libc.NOSUID | libc.NOEXEC)
-    os.symlink(FOLDER, f"{holder}/dev/shm")
-    size = f"size={way.limits.disk_bytes},nr_inodes={max(64, way.limits.disk_bytes >> 12)},mode=1777"
-    libc.mount("tmp", f"{holder}{FOLDER}", "tmpfs", libc.NOSUID | libc.NODEV, size)
+    links = {"shm": FOLDER, "fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
+    for name, goal in links.items():
+        os.symlink(goal, f"{holder}/dev/{name}")
     for name, body in way.job.files.items():
         with open(f"{holder}{FOLDER}/{name}", "xb") as file:
             file.write(body)

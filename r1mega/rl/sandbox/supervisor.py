@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import sys
 import tempfile
@@ -37,15 +36,22 @@ def main(parent: int) -> None:
         given = request["job"]
         files = {name: body.encode("latin-1") for name, body in given["files"].items()}
         job = Job(tuple(given["argv"]), given["stdin"].encode("latin-1"), files)
-        answer = run(job, Limits(**request["limits"]), request["shows"], request["confined"])
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        folder = None if request["confined"] else tempfile.mkdtemp(prefix="r1mega_program_")
+        try:
+            answer = run(job, Limits(**request["limits"]), request["shows"], folder)
+            sys.stdout.write(json.dumps(answer) + "\n")
+            sys.stdout.flush()
+        finally:
+            if folder:
+                remove(folder)
 
 
-def run(job: Job, limits: Limits, shows: list[str], confined: bool) -> dict:
-    """One program from its start to the end of all that it started; the fields of a Result, bytes as latin-1 text."""
+def run(job: Job, limits: Limits, shows: list[str], folder: str | None) -> dict:
+    """One program from its start to the end of all that it started; the fields of a Result, bytes as latin-1 text.
+
+    ``folder``: where it runs if not in a sandbox.
+    """
     start = time.monotonic()
-    folder = None if confined else tempfile.mkdtemp(prefix="r1mega_program_")
     try:
         if os.readlink("/proc/self") != str(os.getpid()):
             return Watched.no_result("a /proc of another PID namespace; mount one", 0.0)
@@ -55,11 +61,30 @@ def run(job: Job, limits: Limits, shows: list[str], confined: bool) -> dict:
         finally:
             watched.end()
         return watched.result(time.monotonic() - start)
-    except OSError as error:
-        return Watched.no_result(str(error), time.monotonic() - start)
-    finally:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+    except Exception as error:
+        return Watched.no_result(f"{type(error).__name__}: {error}", time.monotonic() - start)
+
+
+def remove(folder: str) -> None:
+    """Remove a folder, however deep it is: what is in a folder of it is moved to the top first."""
+    todo, moved = os.listdir(folder), 0
+    while todo:
+        path = os.path.join(folder, todo.pop())
+        with contextlib.suppress(OSError):
+            if os.path.islink(path) or not os.path.isdir(path):
+                os.unlink(path)
+                continue
+            os.chmod(path, 0o700)
+            for name in os.listdir(path):
+                moved += 1
+                inner = os.path.join(path, name)
+                if os.path.isdir(inner) and not os.path.islink(inner):
+                    os.chmod(inner, 0o700)
+                todo.append(f"{os.path.basename(folder)}-{moved}")
+                os.rename(inner, os.path.join(folder, todo[-1]))
+            os.rmdir(path)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
 
 
 class Watched:
