@@ -43,7 +43,8 @@ def main(parent: int) -> None:
             sys.stdout.flush()
         finally:
             if folder:
-                remove(folder)
+                with contextlib.suppress(OSError):
+                    remove(folder)
 
 
 def run(job: Job, limits: Limits, shows: list[str], folder: str | None) -> dict:
@@ -66,25 +67,35 @@ def run(job: Job, limits: Limits, shows: list[str], folder: str | None) -> dict:
 
 
 def remove(folder: str) -> None:
-    """Remove a folder, however deep it is: what is in a folder of it is moved to the top first."""
-    todo, moved = os.listdir(folder), 0
-    while todo:
-        path = os.path.join(folder, todo.pop())
-        with contextlib.suppress(OSError):
-            if os.path.islink(path) or not os.path.isdir(path):
-                os.unlink(path)
-                continue
-            os.chmod(path, 0o700)
-            for name in os.listdir(path):
-                moved += 1
-                inner = os.path.join(path, name)
-                if os.path.isdir(inner) and not os.path.islink(inner):
-                    os.chmod(inner, 0o700)
-                todo.append(f"{os.path.basename(folder)}-{moved}")
-                os.rename(inner, os.path.join(folder, todo[-1]))
-            os.rmdir(path)
-    with contextlib.suppress(OSError):
-        os.rmdir(folder)
+    """Remove a folder, however deep it is: by going down and up, since a path may be longer than the kernel takes."""
+    os.chdir(folder)
+    above: list[tuple[str, list[str]]] = []  # the folders that this one is in, each with those beside it that are still to do
+    name, beside = "", emptied()
+    while above or beside:
+        if beside:
+            above.append((name, beside))
+            name = beside.pop()
+            os.chmod(name, 0o700)
+            os.chdir(name)
+            beside = emptied()
+        else:
+            done, (name, beside) = name, above.pop()
+            os.chdir("..")
+            os.rmdir(done)
+    os.chdir("/")
+    os.rmdir(folder)
+
+
+def emptied() -> list[str]:
+    """The folders in the working folder, all else in which is removed."""
+    kept = []
+    with os.scandir(".") as entries:
+        for entry in list(entries):
+            if entry.is_dir(follow_symlinks=False):
+                kept.append(entry.name)
+            else:
+                os.unlink(entry.name)
+    return kept
 
 
 class Watched:
