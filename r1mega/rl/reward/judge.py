@@ -301,6 +301,7 @@ class _Line:
                 answer += part
                 if len(answer) > LARGEST_ANSWER:
                     raise ValueError(f"an answer above {LARGEST_ANSWER} bytes")
+            response.close()  # or the connection takes no further request
         except http.client.HTTPException as error:
             raise OSError(f"{type(error).__name__}: {error}") from error
         except AttributeError as error:  # the connection was cut between two steps

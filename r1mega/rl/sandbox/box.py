@@ -6,7 +6,8 @@
 Each program has a sandbox of its own (:mod:`r1mega.rl.sandbox.inside`): it sees no process, no network and no file of the machine
 but the interpreter and the system's libraries, and nothing of it is left when ``run`` returns, at most a second after its limit.
 Linux on x86_64 or aarch64. Needs user, pid, mount and network namespaces and seccomp; :func:`why_not` says what is refused.
-``confined=False`` is weaker: limits, and the end of all processes, but the program sees the user's files and processes.
+``confined=False`` is weaker: limits, and the end of all processes, but the program sees the user's files and processes, all that it
+writes into its folder counts on the disk until it is removed, and it may write elsewhere.
 """
 
 from __future__ import annotations
