@@ -43,7 +43,7 @@ def find_tests(record: dict[str, Any]) -> dict[str, Any] | None:
     return found if found["inputs"] else None
 
 
-def tests_of(metadata: dict[str, Any]) -> tuple[list[Any], list[Any], str | None]:
+def read_tests(metadata: dict[str, Any]) -> tuple[list[Any], list[Any], str | None]:
     """(inputs, outputs, function's name or None for standard input and output) of a problem's metadata.
 
     Texts for standard input and output, an argument list and a result for a function. Raises ValueError for what is no such tests.

@@ -47,7 +47,7 @@ def test_weights_by_source_on_the_command_line():
     ("reward.by_source={gsm8k: {accuracy: x}}", "reward.by_source[gsm8k]: a finite number as the weight of accuracy; got 'x'; give reward.by_source={PATTERN:{accuracy:1}}"),
     ("reward.by_source={gsm8k: {accuracy: true}}", "reward.by_source[gsm8k]: a finite number as the weight of accuracy; got True; give reward.by_source={PATTERN:{accuracy:1}}"),
     ("reward.weights.accuracy=inf", "reward.weights: a finite number as the weight of accuracy; got inf; give reward.weights={accuracy:1}"),
-    ("reward.weights={json.JSONDecoder: 1}", "reward.weights: a reward is a frozen dataclass with build(); got 'json.JSONDecoder'; add @dataclass(frozen=True) and build"),
+    ("reward.weights={json.JSONDecoder: 1}", "reward.weights: a reward is a frozen dataclass with build(), or a function of a problem and a response; got 'json.JSONDecoder'; add @dataclass(frozen=True) and build"),
     ("reward.options={lenght: {longest: 1}}", "reward.options: a registered reward; got 'lenght'; did you mean length? use one of accuracy, format, language, length, repetition"),
     ("reward.options.length.longst=5", "reward.options.length: a knob of the reward; got 'longst'; did you mean longest? use one of longest, margin"),
     ("reward.options.length.longest=0", "reward.options.length.longest: at least 1; got 0; use reward.options.length.longest=81920"),

@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from r1mega.config.knob import above, at_least, knob, one_of
-from r1mega.data.code_tests import tests_of
+from r1mega.data.code_tests import read_tests
 from r1mega.registry import register
 from r1mega.rl.reward.format import extract_answer
 from r1mega.rl.sandbox import PYTHON, Job, Limits, Result, Sandbox, require
 from r1mega.rl.types import Noted
 
 FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*([\w+-]*)[ \t]*\r?\n(.*?)^[ \t]*(?:```|~~~)[ \t]*$", re.MULTILINE | re.DOTALL)
+CLOCK = 3
+"""Seconds of the clock for a second of a processor: a loaded machine decides no test."""
 PROGRAM, CALLER = "main.py", "caller.py"
 LARGEST_INPUT = 8 << 20
 CALL = """
@@ -54,7 +56,7 @@ class CodeReward:
     partial: bool = knob(
         False, "the value is the share of tests passed; else 1 for all and 0 otherwise, ended at the first failure", "bool"
     )
-    test_seconds: float = knob(4.0, "processor time of one test; twice as much may pass on the clock", "seconds", **above(0))
+    test_seconds: float = knob(4.0, "processor time of one test; three times as much may pass on the clock", "seconds", **above(0))
     total_seconds: float = knob(30.0, "time of all tests of one response; those not reached are not passed", "seconds", **above(0))
     memory_bytes: int = knob(512 << 20, "memory of one test's processes, together", "bytes", **at_least(32 << 20))
     processes: int = knob(16, "processes and threads of one test", "processes", **at_least(1))
@@ -81,7 +83,7 @@ class CodeReward:
     def check(self) -> None:
         """Raises UserError where this machine has no sandbox."""
         if self.sandbox == "namespaces":
-            require()
+            require("reward.options.code.sandbox", "accept limits alone, which are weaker: reward.options.code.sandbox=process")
 
     def build(self) -> Callable[[Any, str], float]:
         """``(problem, response_text) -> value`` from 0 to 1 with a note; raises RuntimeError where no sandbox starts."""
@@ -97,7 +99,7 @@ class _Code:
         if code is None:
             return Noted(0.0, "no program in the answer")
         try:
-            inputs, outputs, name = tests_of(problem.metadata)
+            inputs, outputs, name = read_tests(problem.metadata)
         except ValueError as error:
             return Noted(0.0, f"no tests: {error}")
         if self.knobs.most_tests:
@@ -130,7 +132,7 @@ class _Code:
         if knobs.packages:
             begin = f"import runpy, sys; sys.path.append({knobs.packages!r}); runpy.run_path({start!r}, run_name='__main__')"
             argv = [PYTHON, "-s", "-c", begin]
-        wall = 2 * knobs.test_seconds
+        wall = CLOCK * knobs.test_seconds
         limits = Limits(
             wall_seconds=min(wall, left),
             cpu_seconds=knobs.test_seconds,

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Self
 
 from r1mega.config.errors import UserError
+from r1mega.rl.sandbox import supervisor
 from r1mega.rl.sandbox.limits import Job, Limits, Result
 
 PYTHON = os.path.realpath(sys.executable)
@@ -34,7 +35,7 @@ SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
 START_SECONDS = 60.0
 """Longest start of the supervisor."""
 GRACE_SECONDS = 0.9
-"""How long after a program's limit its result is waited for."""
+"""How long after a program's limit its result is waited for, beside the time that its sandbox takes to be made."""
 END_SECONDS = 5.0
 """Longest wait for a supervisor that was told to end, before it is killed, with which all below it die."""
 WAYS_OUT = (
@@ -68,7 +69,9 @@ class Sandbox:
                 self.close()
                 return Result("refused", 0, b"", b"", 0.0, "the sandbox's supervisor did not start")
         start = time.monotonic()
-        line = self._exchange(json.dumps(request).encode() + b"\n", start + limits.wall_seconds + GRACE_SECONDS)
+        line = self._exchange(
+            json.dumps(request).encode() + b"\n", start + supervisor.MAKING_SECONDS + limits.wall_seconds + GRACE_SECONDS
+        )
         seconds = time.monotonic() - start
         if line is None:
             self.close()
@@ -168,8 +171,9 @@ def why_not() -> str:
     )
 
 
-def require() -> None:
-    """Raises UserError where programs cannot be confined."""
+def require(where: str = "sandbox", instead: str = "") -> None:
+    """Raises UserError where programs cannot be confined. ``instead``: what the user can do without."""
     reason = why_not()
     if reason:
-        raise UserError(f"sandbox: namespaces and a filter of system calls; got {reason}; {WAYS_OUT}")
+        way_out = f"{WAYS_OUT}{f', or {instead}' if instead else ''}"
+        raise UserError(f"{where}: namespaces and a filter of system calls on this machine; got {reason}; {way_out}")

@@ -20,6 +20,7 @@ import os
 import platform
 import resource
 import signal
+import time
 from typing import NoReturn
 
 from r1mega.rl.sandbox import libc, seccomp
@@ -300,6 +301,7 @@ def become(way: Way, number_of_processes: bool) -> NoReturn:
     os.closerange(3, way.status_fd)
     os.closerange(way.status_fd + 1, 1 << 16)  # what is above was never opened here: the supervisor has few
     os.set_inheritable(way.status_fd, False)
+    way.tell(started=time.monotonic())
     try:
         seccomp.install()
     except OSError:

@@ -12,9 +12,9 @@ ENDS = ("ok", "exit", "signal", "time", "memory", "output", "processes", "refuse
 class Limits:
     """What one program and all that it starts may use together, unless said otherwise.
 
-    wall_seconds, cpu_seconds: time; memory_bytes: address space of each process, and resident memory of all; processes:
-    processes and threads at once; open_files: of each process; file_bytes: largest file; disk_bytes: all files; output_bytes:
-    standard output, and as much standard error (whose end is kept).
+    wall_seconds, cpu_seconds: time from the program's start; memory_bytes: address space of each process, and resident memory of
+    all; processes: processes and threads at once; open_files: of each process; file_bytes: largest file; disk_bytes: all files;
+    output_bytes: standard output, and as much standard error (whose end is kept).
     """
 
     wall_seconds: float = 5.0
@@ -41,8 +41,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """How a program ended: ``end`` of :data:`ENDS`; status: exit status or signal; seconds: wall time; detail: which limit, or why
-    it did not start."""
+    """How a program ended: ``end`` of :data:`ENDS`; status: exit status or signal; seconds: wall time of the program; detail: which
+    limit, or why it did not start."""
 
     end: str
     status: int

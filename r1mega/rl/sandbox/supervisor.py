@@ -20,6 +20,8 @@ from r1mega.rl.sandbox import inside, libc
 from r1mega.rl.sandbox.limits import Job, Limits
 
 TICK_SECONDS = 0.01
+MAKING_SECONDS = 10.0
+"""Longest making of a sandbox; some ten milliseconds on a machine that is not overloaded."""
 GRACE_SECONDS = 0.3
 """Longest wait for the end of a namespace's first process before its parent is killed too."""
 HZ = os.sysconf("SC_CLK_TCK")
@@ -58,10 +60,10 @@ def run(job: Job, limits: Limits, shows: list[str], folder: str | None) -> dict:
             return Watched.no_result("a /proc of another PID namespace; mount one", 0.0)
         watched = Watched(job, limits, shows, folder)
         try:
-            watched.watch(start + limits.wall_seconds)
+            watched.watch()
         finally:
             watched.end()
-        return watched.result(time.monotonic() - start)
+        return watched.result(time.monotonic() - (watched.started or start))
     except Exception as error:
         return Watched.no_result(f"{type(error).__name__}: {error}", time.monotonic() - start)
 
@@ -105,6 +107,7 @@ class Watched:
         self.limits, self.folder = limits, folder
         self.detail, self.kind, self.refused = "", "", ""
         self.first, self.code, self.status = 0, None, b""
+        self.started = 0.0
         self.out, self.err = bytearray(), bytearray()
         stdin = sealed(job.stdin)
         self.out_fd, out = os.pipe()
@@ -119,8 +122,9 @@ class Watched:
             os.close(fd)
         self.open = {self.out_fd, self.err_fd, self.status_fd}
 
-    def watch(self, deadline: float) -> None:
+    def watch(self) -> None:
         """Until the program ends, or must."""
+        deadline = time.monotonic() + MAKING_SECONDS
         poll = select.poll()
         for fd in self.open:
             os.set_blocking(fd, False)
@@ -129,8 +133,13 @@ class Watched:
         look = time.monotonic()
         while not self.kind:
             now = time.monotonic()
-            if now >= deadline:
+            if self.started:
+                deadline = self.started + self.limits.wall_seconds
+            if now >= deadline and not self.started:
+                self.refused = f"the sandbox was not made in {MAKING_SECONDS:g} s"
+            elif now >= deadline:
                 self.stop("time", f"wall time of {self.limits.wall_seconds:g} s")
+            if now >= deadline:
                 return
             for fd, _ in poll.poll(max(0.0, min(deadline, look) - now) * 1000 + 0.5):
                 if fd == 0:
@@ -169,6 +178,7 @@ class Watched:
             for record in map(json.loads, lines):
                 self.first = record.get("first", self.first)
                 self.code = record.get("code", self.code)
+                self.started = record.get("started", self.started)
                 self.refused = record.get("refused", self.refused)
         return bool(data)
 
