@@ -33,6 +33,7 @@ def test_weights_by_source_on_the_command_line():
     reward = compose("rl", [*RL, "reward.by_source={reasoning_gym*: {accuracy: 1, format: 0.2}, gsm8k: {length: 1}}"]).reward
     assert reward.by_source == {"reasoning_gym*": {"accuracy": 1, "format": 0.2}, "gsm8k": {"length": 1}}
     assert reward.weights == {"accuracy": 1.0, "format": 1.0}
+    assert compose("rl", [*RL, "reward.weights={json.dumps: 1}"]).reward.weights["json.dumps"] == 1
     escaped = compose(
         "rl", [*RL, "reward.by_source={reasoning_gym\\:*: {accuracy: 1}}", "reward.options.language.target=zh"]
     ).reward
@@ -41,17 +42,19 @@ def test_weights_by_source_on_the_command_line():
 
 
 @pytest.mark.parametrize("override, line", [
-    ("reward.by_source={gsm8k: {acuracy: 1}}", "reward.by_source[gsm8k]: a registered reward; got 'acuracy'; did you mean accuracy? use one of accuracy, format, language, length, repetition"),
+    ("reward.by_source={gsm8k: {acuracy: 1}}", "reward.by_source[gsm8k]: a registered reward; got 'acuracy'; did you mean accuracy? use one of accuracy, code, format, judge, language, length, repetition"),
     ("reward.by_source={gsm8k: {}}", "reward.by_source[gsm8k]: at least one reward with its weight; got none; give reward.by_source={PATTERN:{accuracy:1}}"),
     ("reward.by_source={gsm8k: 1}", "reward.by_source[gsm8k]: at least one reward with its weight; got 1; give reward.by_source={PATTERN:{accuracy:1}}"),
     ("reward.by_source={gsm8k: {accuracy: x}}", "reward.by_source[gsm8k]: a finite number as the weight of accuracy; got 'x'; give reward.by_source={PATTERN:{accuracy:1}}"),
     ("reward.by_source={gsm8k: {accuracy: true}}", "reward.by_source[gsm8k]: a finite number as the weight of accuracy; got True; give reward.by_source={PATTERN:{accuracy:1}}"),
     ("reward.weights.accuracy=inf", "reward.weights: a finite number as the weight of accuracy; got inf; give reward.weights={accuracy:1}"),
-    ("reward.weights={json.JSONDecoder: 1}", "reward.weights: a reward is a frozen dataclass with build(); got 'json.JSONDecoder'; add @dataclass(frozen=True) and build"),
-    ("reward.options={lenght: {longest: 1}}", "reward.options: a registered reward; got 'lenght'; did you mean length? use one of accuracy, format, language, length, repetition"),
+    ("reward.weights={json.JSONDecoder: 1}", "reward.weights: a reward is a frozen dataclass with build(), or a function of a problem and a response; got 'json.JSONDecoder'; add @dataclass(frozen=True) and build"),
+    ("reward.options={lenght: {longest: 1}}", "reward.options: a registered reward; got 'lenght'; did you mean length? use one of accuracy, code, format, judge, language, length, repetition"),
     ("reward.options.length.longst=5", "reward.options.length: a knob of the reward; got 'longst'; did you mean longest? use one of longest, margin"),
     ("reward.options.length.longest=0", "reward.options.length.longest: at least 1; got 0; use reward.options.length.longest=81920"),
     ("reward.options.length.longest=far", "reward.options.length.longest: at least 1; got 'far'; use reward.options.length.longest=81920"),
+    ("reward.options={json.dumps: {indent: 1}}", "reward.options.json.dumps: a knob of the reward; got 'indent'; it has none, leave reward.options.json.dumps out"),
+    ("reward.options.code.sandbox=none", "reward.options.code.sandbox: one of namespaces, process; got 'none'; use reward.options.code.sandbox=namespaces"),
     ("reward.options.format.strict=true", "reward.options.format: a knob of the reward; got 'strict'; it has none, leave reward.options.format out"),
 ])  # fmt: skip
 def test_rules_of_the_rewards(override, line):
