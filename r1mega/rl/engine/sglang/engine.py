@@ -299,6 +299,10 @@ class ServedEngine:
         await asyncio.gather(*(one(seat) for seat in self.seats if seat.alive))
         self._tell_waiting()
 
+    async def wake_weights(self) -> None:
+        """Take the weights' memory back, for a push."""
+        await self.wake((sglang_server.WEIGHTS,))
+
     def close(self) -> None:
         """End our servers; leave others' as they are."""
         self._closed = True
