@@ -22,6 +22,7 @@ class FakeServer:
         self.spoil: Callable[[dict], dict] = lambda answer: answer
         self.token_seconds = 0.0
         self.hold = 0
+        self.label = "default"
         self.paths: list[str] = []
         self.bodies: list[dict] = []
         self.fail: dict[str, tuple[int, Any]] = {}
@@ -91,6 +92,8 @@ class FakeServer:
             return self.fail[path]
         if path == "/server_info":
             return 200, self.info
+        if path == "/model_info":
+            return 200, {"weight_version": self.label}
         if path == "/generate":
             return 200, self.spoil(await self._generate(body))
         if path == "/abort_request":
@@ -120,7 +123,7 @@ class FakeServer:
             "meta_info": {
                 "finish_reason": {"type": "length", "length": len(tokens)} if whole else {"type": "abort", "message": "Aborted"},
                 "prompt_tokens": len(body["input_ids"]),
-                "weight_version": "default",
+                "weight_version": self.label,
                 "output_token_logprobs": [[-1.0 / token, token, None] for token in tokens],
                 "output_top_logprobs": top if body.get("top_logprobs_num") else None,
             },

@@ -241,6 +241,26 @@ async def test_requests_of_a_dead_server_go_to_the_other_and_it_wants_a_push_whe
 
 
 @run
+async def test_a_lost_answer_is_no_death_and_a_server_that_lost_its_weights_is_one():
+    fake = FakeServer()
+    async with serving(fake):
+        served = await engine(fake)
+        fake.label = "4"
+        await served.complete(ask())
+        fake.drop = 2
+        fake.label = "4"
+        done = await served.complete(ask())
+        assert done.versions == ((4, 0, 6),) and served.counts["deaths"] == 0 and served.counts["resent"] >= 1
+        task = asyncio.create_task(served.complete(ask()))
+        fake.drop, fake.label = 2, "default"  # as after a restart with the same seed
+        (back,) = await asyncio.wait_for(served.wait_for_stale(), 10)
+        assert back.generation == 1 and served.counts["deaths"] == 1 and not task.done()
+        fake.label = "5"
+        served.version = 5
+        assert (await task).versions == ((5, 0, 6),)
+
+
+@run
 async def test_a_prompt_stays_with_its_server_and_load_is_shared():
     fakes = [FakeServer(), FakeServer(), FakeServer()]
     for fake in fakes:
