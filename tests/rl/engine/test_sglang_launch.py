@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(arguments[arguments.index("--p
 
 
 @pytest.fixture
-def python(tmp_path: Path) -> str:
+def python(tmp_path: Path) -> Iterator[str]:
     """An interpreter that says it has sglang, and whose server is :data:`SERVER`."""
     (tmp_path / "server.py").write_text(SERVER)
     said = json.dumps({"sglang": "0.5.16", "flashinfer": None, "arguments": [*KNOWN, "die", "slow"]})
@@ -57,7 +58,9 @@ def python(tmp_path: Path) -> str:
         f'#!/bin/sh\nif [ "$1" = -c ]; then echo \'{said}\'; else exec {sys.executable} {tmp_path}/server.py "$@"; fi\n'
     )
     file.chmod(0o755)
-    return str(file)
+    yield str(file)
+    for pid in (pid for index in range(2) if (tmp_path / f"engine/server{index}.log").exists() for pid in pids(tmp_path, index)):
+        Path(f"/dev/shm/sglang_test_{pid}").unlink(missing_ok=True)  # of a server that was killed before the keeper looked
 
 
 def fleet(python: str, folder: Path, **knobs) -> launch.Fleet:
