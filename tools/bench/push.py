@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from r1mega.config.compose import compose
+from r1mega.config.compose import preset
 from r1mega.config.errors import UserError
 from r1mega.device import DTYPES, fence, open_device
 from r1mega.model.names import parts
@@ -77,11 +77,10 @@ def main(arguments: list[str]) -> None:
         if key not in options:
             sys.exit(f"push.py: one of {', '.join(options)}; got {key}; write key=value")
         options[key] = type(options[key])(value)
-    config = compose("bench", ["bench=step", f"device={options['device']}", f"model={options['model']}"])
-    device = open_device(config.device).torch_device
+    model, device = preset("model", options["model"]), open_device(preset("device", options["device"])).torch_device
     dtype = options["dtype"] or ("fp32" if device.type == "cpu" else "bf16")
-    hf_config = published_config(config.model, bos_id=0, eos_id=1, pad_id=2, dtype=NAMES[dtype])
-    sets = [weights(config.model, DTYPES[dtype], device, options["seed"] + at) for at in range(options["sets"])]
+    hf_config = published_config(model, bos_id=0, eos_id=1, pad_id=2, dtype=NAMES[dtype])
+    sets = [weights(model, DTYPES[dtype], device, options["seed"] + at) for at in range(options["sets"])]
     found: dict[str, Any] = {"options": options, "hash_gbps": {kind.__name__: hash_rate(kind, device) for kind in (Sha, Tiles)}}
     with tempfile.TemporaryDirectory(dir=options["folder"] or None, prefix="bench-push-") as place:
         choice = SglangEngine(
