@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from r1mega.config.compose import compose
 from r1mega.config.errors import UserError
 from r1mega.config.rl import RewardConfig
 from r1mega.rl.loop import rl
-from r1mega.rl.reward.mix import by_reward, names_of, weights_of
+from r1mega.rl.reward.mix import FAILURES, by_reward, names_of, weights_of, write_failures
 from r1mega.rl.setup import open_rewards
 from r1mega.rl.types import RewardRecord
 from tests.rl.test_loop import config, place  # noqa: F401 (a fixture)
@@ -64,6 +65,17 @@ def test_rules_of_the_rewards(override, line):
     if "options" in override:
         with pytest.raises(UserError, match="reward.options"):
             compose("eval", ["checkpoint=runs/x", "data.problems=p.jsonl", override])
+
+
+def test_failures_come_before_notes(tmp_path):
+    given = [SimpleNamespace(id=str(idx)) for idx in range(30)]
+    records = [
+        {"code": RewardRecord(0.0, 0.1, "crash" if idx > 24 else "", "" if idx > 24 else "test 1: wrong")} for idx in range(30)
+    ]
+    write_failures(tmp_path / FAILURES, 1, given, ["x"] * 30, records)
+    lines = [json.loads(line) for line in (tmp_path / FAILURES).read_text().splitlines()]
+    assert [line["failure"] for line in lines] == ["crash"] * 5 + [""] * 15
+    assert lines[0]["problem"] == "25" and lines[5]["note"] == "test 1: wrong" and lines[5]["problem"] == "0"
 
 
 def test_rl_opens_the_configs_mix_and_eval_its_own_two():

@@ -45,8 +45,11 @@ WAYS_OUT = (
 
 
 class Sandbox:
-    """Runs programs one after the other; a context manager. ``shows``: paths that programs may read beside the interpreter and the
-    system's libraries. ``confined``: False for limits only, see the module. Raises UserError for a path that is not there."""
+    """Runs programs one after the other, for one thread at a time; a context manager.
+
+    ``shows``: paths that programs may read beside the interpreter and the system's libraries. ``confined``: False for limits only,
+    see the module. Raises UserError for a path that is not there.
+    """
 
     def __init__(self, shows: Sequence[str] = (), confined: bool = True):
         missing = [path for path in shows if not os.path.isabs(path) or not os.path.exists(path)]
@@ -63,6 +66,8 @@ class Sandbox:
         given = {"argv": job.argv, "stdin": job.stdin.decode("latin-1")}
         given["files"] = {name: body.decode("latin-1") for name, body in job.files.items()}
         request = {"job": given, "limits": dataclasses.asdict(limits), "shows": self.shows, "confined": self.confined}
+        if self.process is not None and self.process.poll() is not None:
+            self.close()  # it ended with the thread that had started it
         if self.process is None:
             self.process = self._start()
             if not self._exchange(b"", time.monotonic() + START_SECONDS):

@@ -24,6 +24,8 @@ MAKING_SECONDS = 10.0
 """Longest making of a sandbox; some ten milliseconds on a machine that is not overloaded."""
 GRACE_SECONDS = 0.3
 """Longest wait for the end of a namespace's first process before its parent is killed too."""
+FULL_PIPE = 32
+"""Reads that empty any pipe: 64 KiB each, of at most a MiB. Whoever still writes is not waited for."""
 HZ = os.sysconf("SC_CLK_TCK")
 
 
@@ -155,8 +157,9 @@ class Watched:
                 self.look()
                 look = time.monotonic() + TICK_SECONDS
         for fd in self.open & {self.out_fd, self.err_fd}:
-            while self.read(fd, once=True):
-                pass
+            for _ in range(FULL_PIPE):
+                if not self.read(fd, once=True):
+                    break
 
     def read(self, fd: int, once: bool = False) -> bool:
         """Take what a pipe holds; False when it has ended (``once``: or holds nothing)."""
@@ -191,17 +194,16 @@ class Watched:
         """What all processes of the program use now."""
         if not self.first:
             return
-        pids = descendants(self.first)
-        if self.folder:
-            pids.append(self.first)
+        # Without a namespace, orphans are this process's children.
+        pids = descendants(os.getpid() if self.folder else self.first)
         if len(pids) > self.limits.processes:
             self.stop("processes", f"{self.limits.processes} processes")
             return
-        ticks = spent(self.first)
+        ticks = 0 if self.folder else spent(self.first)  # with those of its orphans
         memory = tasks = 0
         for pid in pids:
             memory, tasks = (old + new for old, new in zip((memory, tasks), resident(pid), strict=True))
-            ticks += spent(pid) if pid != self.first else 0
+            ticks += spent(pid)
         if tasks > self.limits.processes:
             self.stop("processes", f"{self.limits.processes} processes")
         elif memory > self.limits.memory_bytes:
