@@ -94,8 +94,8 @@ class RolloutConfig:
     )
     oversample: float = knob(
         1.0,
-        "groups begun as a multiple of those wanted; the first to end are taken, the others go on into the next rollout, one more push "
-        "old (1: none, and groups are taken in the order of the questions)",
+        "groups begun as a multiple of those wanted; the first to end are taken, the others go on into the next rollout, one more "
+        "push old (1: none, and groups are taken in the order of the questions)",
         "1",
         **at_least(1),
     )

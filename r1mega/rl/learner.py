@@ -1,4 +1,5 @@
-"""What is learnt from a rollout: rows are scored, cut into minibatches, and each is one optimizer step. In: rows; out: step results."""
+"""What is learnt from a rollout: rows are scored, cut into minibatches, and each is one optimizer step. In: rows; out: step
+results."""
 
 from __future__ import annotations
 

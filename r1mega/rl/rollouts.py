@@ -34,8 +34,8 @@ from r1mega.rl.types import Completion, RewardRecord, Sample, Span, without_end
 
 @dataclass(frozen=True)
 class Plan:
-    """How many: ``share`` groups of ``group_size`` responses a rollout on this rank; ``lag`` rollouts ahead; ``oversample`` times as
-    many groups begun as are wanted, of which the first to end are taken and the others go on into the next rollout (1: none, and
+    """How many: ``share`` groups of ``group_size`` responses a rollout on this rank; ``lag`` rollouts ahead; ``oversample`` times
+    as many groups begun as are wanted, of which the first to end are taken and the others go on into the next rollout (1: none, and
     groups are taken in the order of the questions). ``keeps``: is there something to learn from a judged group (dynamic sampling)?
     ``patience``: groups begun for one that is wanted, at most; then dropped ones fill the rollout up."""
 
@@ -64,8 +64,8 @@ class Taken:
 
 
 class Rollouts:
-    """``known``: (item, member) to the ledger's sample, for what an earlier start of the run has made; ``score``: weights and records
-    to a reward, see :class:`Judge`. Its thread ends with :meth:`close`."""
+    """``known``: (item, member) to the ledger's sample, for what an earlier start of the run has made; ``score``: weights and
+    records to a reward, see :class:`Judge`. Its thread ends with :meth:`close`."""
 
     def __init__(
         self,
@@ -266,8 +266,8 @@ class Judge:
 
 
 def sample_text(tokenizer: Tokenizer, sample: Sample) -> str:
-    """What a reward judges: what the policy itself wrote, without end tokens at the ends of its turns; other special tokens are written
-    out, so that none is missed."""
+    """What a reward judges: what the policy itself wrote, without the end tokens of its turns; other special tokens are written out, so
+    that none is missed."""
     own = sample.own or [True] * len(sample.completion.token_ids)
     text, turn = "", []
     for token, mine in zip([*sample.completion.token_ids, -1], [*own, False], strict=True):

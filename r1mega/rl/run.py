@@ -1,7 +1,7 @@
 """One run of ``r1mega rl`` on this rank: everything that is opened for it, what it keeps between turns, what it writes.
 
-The loop orders the calls; what crosses ranks does so here: samples are shared inside a data rank, rewards over all of them, weights are
-gathered for the push. A failure of one rank's rollouts or push is told to all before anyone goes on.
+The loop orders the calls; what crosses ranks does so here: samples are shared inside a data rank, rewards over all of them, weights
+are gathered for the push. A failure of one rank's rollouts or push is told to all before anyone goes on.
 """
 
 from __future__ import annotations
@@ -398,9 +398,9 @@ def _is_of_a_death(error: BaseException | None) -> bool:
 
 
 class Place:
-    """Which ranks generate. ``generates``: this one does; ``writes``: this one writes down what its data rank has used; ``number`` of
-    ``count`` generating ranks, with ``share`` groups a rollout each. Context ranks of a data rank share its groups where these divide;
-    of tensor and pipeline ranks the first generates for all."""
+    """Which ranks generate. ``generates``: this one does; ``writes``: this one writes down what its data rank has used; ``number``
+    of ``count`` generating ranks, with ``share`` groups a rollout each. Context ranks of a data rank share its groups where these
+    divide; of tensor and pipeline ranks the first generates for all."""
 
     def __init__(self, generates: bool, writes: bool, number: int, count: int, share: int):
         self.generates, self.writes, self.number, self.count, self.share = generates, writes, number, count, share

@@ -61,7 +61,9 @@ def test_every_sample_is_used_once(place: Path, tmp_path: Path, monkeypatch, eng
         assert sorted(history.uses()) == list(range(1, 9))
         state = checkpoint.read_state(checkpoint.resolve(out))
         done = {item for frames in history.uses().values() for frame in frames for item in frame.values["items"]}
-        assert done == set(range(state["cursor"]["consumed"])) | set(state["cursor"]["done"]), "the cursor says what the ledger says"
+        assert done == set(range(state["cursor"]["consumed"])) | set(state["cursor"]["done"]), (
+            "the cursor says what the ledger says"
+        )
         starts = {frame.start for frame in history.frames if frame.kind == "start"}
         print(f"{engine}: {len(done)} questions in 8 rollouts, {len(starts)} starts")
     for line in killer.log:

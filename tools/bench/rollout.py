@@ -1,4 +1,5 @@
-"""Rollout tokens/s of the RL loop's own path against a bare asynchronous client, on the same server with the same requests, in turns.
+"""Rollout tokens/s of the RL loop's own path against a bare asynchronous client, on the same server with the same requests, in
+turns.
 
     python tools/bench/rollout.py url=http://127.0.0.1:30000 requests=256 prompt_tokens=256 new_tokens=512 rounds=3 device=cuda
 
