@@ -54,7 +54,9 @@ TIMED = (
     "seconds_rollout", "seconds_value", "seconds_score", "seconds_train", "seconds_push", "peak_gib", "save_stall_seconds",
     "idle_share", "push_seconds", "push_gbps", "push_proof_seconds",
 )  # fmt: skip
-MAY_BE_NOTHING = ("seconds_reward", "generated_tokens_per_second", "tokens_per_second", "slowest_reward_seconds")
+MAY_BE_NOTHING = (
+    "reward_seconds", "generated_tokens_per_second", "tokens_per_second", "slowest_reward_seconds", "engine_idle_share",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,8 @@ def test_two_rollouts(place: Path, straight) -> None:
     assert state["init"]["digest"] == checkpoint.digest(place / "seed") and state["cursor"]["consumed"] == 4
     for line in told:
         assert line["push_proof"] == "checksum" and line["push_bytes"] > 0 and line["staleness_max"] == 0 and line["turns"] == 1
+        assert line["tokens_per_second"] > 0 and line["generated_tokens_per_second"] > 0 and 0 <= line["engine_idle_share"] < 1
+        assert line["reward/problems"] == line["reward"] and line["responses"] == 8 and line["response_length_max"] <= 6
         assert 0 <= line["idle_share"] <= 1 and line["dropped_groups"] == 0 and line["slowest_reward_seconds"] >= 0
 
 
