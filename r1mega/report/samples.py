@@ -1,7 +1,7 @@
 """What became of every sample of an ``r1mega rl`` run, from its ledger's headers: when it was made, judged and used, or why not.
 
-In: a :class:`r1mega.rl.ledger.History`. Out: :class:`Seen`, and rewards that took long. Reads no arrays. Times are seconds since 1970
-by the clocks of the hosts that wrote them.
+In: a :class:`r1mega.rl.ledger.History`. Out: :class:`Seen`, phases of the trainers, and rewards that took long. Reads no arrays.
+Times are seconds since 1970 by the clocks of the hosts that wrote them.
 """
 
 from __future__ import annotations
@@ -46,6 +46,35 @@ class Seen:
     def num_prompt_tokens(self) -> int:
         """Of the prompt."""
         return self.frame.shapes["prompt"][1][0]
+
+
+PHASES = ("rollout", "value", "score", "train", "push")
+"""Of a turn, in the loop's order."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a trainer did from ``began`` to ``ended``, for ``rollout``; ``rank``: whose record says so."""
+
+    rank: int
+    rollout: int
+    name: str
+    began: float
+    ended: float
+
+
+def phases(history: History) -> list[Phase]:
+    """The phases of the rollouts that still hold, laid end to end before the moment at which each was written down."""
+    found = []
+    for rollout, frames in sorted(history.uses().items()):
+        for frame in frames:
+            seconds, ended = frame.values.get("seconds", {}), frame.values.get("time")
+            if frame.kind != "use" or ended is None:
+                continue
+            for name in reversed([name for name in PHASES if name in seconds]):
+                found.append(Phase(frame.rank, rollout, name, ended - seconds[name], ended))
+                ended -= seconds[name]
+    return sorted(found, key=lambda phase: (phase.rank, phase.began))
 
 
 def has_ledger(run: Path) -> bool:

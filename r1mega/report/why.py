@@ -17,6 +17,7 @@ from r1mega.config.compose import load_config
 from r1mega.config.errors import Failed, UserError
 from r1mega.config.tools import WhyConfig
 from r1mega.report.samples import DROPPED, USED, VOID, WAITING, Seen, seen
+from r1mega.report.tables import table
 from r1mega.rl.ledger import FOLDER, Frame, History
 from r1mega.train import manifest
 
@@ -157,12 +158,14 @@ def _rollout_text(run: Path, told: Mapping[str, Any]) -> str:
         f"rollout {told['rollout']} of {run}: {span}, {_count(len(rows), 'sample')} of {_count(told['questions'], 'question')}, "
         f"{told['prompt_tokens']:,} prompt and {told['tokens']:,} response tokens, trained on {_when(told['time'])}",
         "",
-        _table(
-            ["source", "questions", "samples", "tokens", "mean reward"],
+        table(
             [
-                [name, str(one["questions"]), str(one["samples"]), f"{one['tokens']:,}", f"{one['reward']:.4g}"]
-                for name, one in told["sources"].items()
-            ],
+                ["source", "questions", "samples", "tokens", "mean reward"],
+                *(
+                    [name, str(one["questions"]), str(one["samples"]), f"{one['tokens']:,}", f"{one['reward']:.4g}"]
+                    for name, one in told["sources"].items()
+                ),
+            ]
         ),
         "",
         "updates behind   "
@@ -180,7 +183,7 @@ def _rollout_text(run: Path, told: Mapping[str, Any]) -> str:
     lines.append("dropped          " + (", ".join(dropped) or "none"))
     heads = ["sample", "question", "problem", "source", "prompt", "tokens", "end", "weights", "update", "reward", "advantage"]
     heads += ["log p", "least", "routing"]
-    return "\n".join([*lines, "", _table(heads, [_cells(row) for row in rows])])
+    return "\n".join([*lines, "", table([heads, *(_cells(row) for row in rows)])])
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -325,8 +328,10 @@ def _lineage(run: Path, history: History, samples: Sequence[Seen]) -> tuple[dict
         "exactly once: holds" if not told["faults"] else f"exactly once: does not hold ({_count(len(told['faults']), 'fault')})"
     )
     parts = [
-        _table(["start", "ranks", "goes on after", "went back", "samples", "cut off bytes"], starts),
-        _table(["rollout", "update", "start", "questions", "samples", "dropped", "trained on"], made) if made else "no rollout yet",
+        table([["start", "ranks", "goes on after", "went back", "samples", "cut off bytes"], *starts]),
+        table([["rollout", "update", "start", "questions", "samples", "dropped", "trained on"], *made])
+        if made
+        else "no rollout yet",
         f"samples: {counts}\n{verdict}",
     ]
     return told, "\n\n".join(parts)
@@ -351,13 +356,6 @@ def _starts(history: History) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [heads, *rows]
-    )
 
 
 def _when(seconds: float) -> str:

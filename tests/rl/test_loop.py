@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from r1mega import api
 from r1mega.config.errors import Stopped, UserError
 from r1mega.config.rl import ProblemDataConfig, RewardConfig, RlConfig, RolloutConfig
 from r1mega.config.run import SamplingConfig
@@ -159,6 +160,29 @@ def test_the_ledger_says_what_each_rollout_used(place: Path, straight) -> None:
             version = 0 if frame.values["rollout"] == 1 else 2
             assert entry.values["versions"] == [[version, 0, len(arrays["tokens"])]]
             assert set(entry.values["rewards"]) == {"accuracy", "format"}
+
+
+def test_why_timeline_and_report_of_a_run(place: Path, straight) -> None:
+    """The update that the ledger names for a sample is the one whose minibatch it was in: those of the learner's own order."""
+    run = place / "straight"
+    told = api.why(f"run={run}", "step=2")
+    order = list(range(8))
+    random.Random("1:1:minibatches").shuffle(order)
+    assert [row["update"] for row in told["samples"]] == [3 if place in order[0::2] else 4 for place in range(8)]
+    assert (told["updates"], told["staleness_tokens"]) == ([3, 4], {"0": told["tokens"]}) and told["faults"] == []
+    assert {"rollout", "value", "score", "train", "push"} == set(told["seconds"]) and told["sources"]["problems"]["samples"] == 8
+    for row in told["samples"]:
+        assert row["began"] <= row["generated"] <= row["judged"] <= row["used"] and row["logprobs"]["count"] == row["tokens"]
+    line = lines(run)[1]
+    assert line["reward"] == pytest.approx(sum(row["reward"] for row in told["samples"]) / 8, rel=1e-4)
+    one = api.why(f"run={run}", f"sample={told['samples'][0]['sample']}")
+    assert "+1" in one["prompt"] and one["response"] is not None and one["rollout"] == 2
+    assert api.why(f"run={run}")["samples"] == {"used": 16, "dropped": 0, "waiting": 0, "void": 0}
+    traced = api.timeline(f"run={run}", f"target={place / 'trace.json'}")
+    assert traced["samples"] == 16 and traced["rollouts"] == [1, 2]
+    api.report(f"run={run}", f"target={place / 'page.html'}")
+    page = (place / "page.html").read_text()
+    assert all(title in page for title in ("Samples: straight", "Reward by source: straight", "Slowest rewards", "Generation"))
 
 
 def test_a_run_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(place: Path, straight, digits, tmp_path, monkeypatch) -> None:
