@@ -255,14 +255,13 @@ def _table(run: Run) -> str:
 
 def _slowest(run: Run) -> str:
     """The calls of rewards that took longest, stage by stage; "" where no stage has a ledger."""
-    heads = ("reward", "problem", "seconds", "value", "failure", "sample", "rollout")
+    heads = ("reward", "problem", "seconds", "value", "said", "sample", "rollout")
     parts = []
     for stage in run.stages:
         rows = []
         for call in slowest(stage.samples, MOST_SLOW):
             rollout = "-" if call.rollout is None else str(call.rollout)
-            failure = call.failure or "-"
-            cells = (call.reward, call.problem, f"{call.seconds:.4g}", f"{call.value:.4g}", failure, call.sample, rollout)
+            cells = (call.reward, call.problem, f"{call.seconds:.4g}", f"{call.value:.4g}", call.said or "-", call.sample, rollout)
             rows.append("".join(f'<td data-head="{head}">{escape(cell)}</td>' for head, cell in zip(heads, cells, strict=True)))
         head = "".join(f"<th>{escape(text)}</th>" for text in heads)
         body = "".join(f"<tr>{row}</tr>" for row in rows)

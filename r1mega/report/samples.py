@@ -14,6 +14,7 @@ from typing import Any
 
 from r1mega.config.errors import UserError
 from r1mega.rl.ledger import FOLDER, Frame, History
+from r1mega.rl.types import RewardRecord
 
 USED, DROPPED, WAITING, VOID = "used", "dropped", "waiting", "void"
 """Trained on; left out with its whole group; not used yet; from weights or a start that the run has gone back behind."""
@@ -36,6 +37,11 @@ class Seen:
     def values(self) -> dict[str, Any]:
         """What the ledger says of it."""
         return self.frame.values
+
+    @property
+    def rewards(self) -> dict[str, RewardRecord]:
+        """What each reward said."""
+        return {name: RewardRecord(*record) for name, record in self.frame.values["rewards"].items()}
 
     @property
     def num_tokens(self) -> int:
@@ -109,7 +115,7 @@ def seen(history: History) -> list[Seen]:
 
 @dataclass(frozen=True)
 class Slow:
-    """One call of a reward."""
+    """One call of a reward. ``said``: why it failed, or what it noted."""
 
     seconds: float
     reward: str
@@ -117,15 +123,15 @@ class Slow:
     sample: str
     rollout: int | None
     value: float
-    failure: str
+    said: str
 
 
 def slowest(samples: Iterable[Seen], count: int) -> list[Slow]:
     """The ``count`` calls of rewards that took longest, the longest first."""
     calls = (
-        Slow(seconds, name, one.values["problem"], one.frame.id, one.rollout, value, failure)
+        Slow(said.seconds, name, one.values["problem"], one.frame.id, one.rollout, said.value, said.failure or said.note)
         for one in samples
-        for name, (value, seconds, failure) in one.values["rewards"].items()
+        for name, said in one.rewards.items()
     )
     return heapq.nlargest(count, calls, key=lambda call: call.seconds)
 

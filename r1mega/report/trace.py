@@ -70,7 +70,7 @@ def _told(one: Seen) -> dict[str, Any]:
         "rollout": one.rollout,
         "update": one.update,
         "advantage": one.advantage,
-        "reward_seconds": {name: record[1] for name, record in values["rewards"].items()},
+        "reward_seconds": {name: said.seconds for name, said in one.rewards.items()},
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,7 @@ def _row(one: Seen) -> dict[str, Any]:
         "prompt_tokens": one.num_prompt_tokens,
         "tokens": one.num_tokens,
         **{key: values[key] for key in ("finish_reason", "versions", "turns")},
-        "rewards": {
-            name: {"value": value, "seconds": seconds, "failure": failure}
-            for name, (value, seconds, failure) in values["rewards"].items()
-        },
+        "rewards": {name: asdict(said) for name, said in one.rewards.items()},
         "environment_reward": values["environment_reward"],
         "reward": values["reward"],
         "advantage": one.advantage,
@@ -187,9 +185,10 @@ def _rollout_text(run: Path, told: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    parts = [
-        f"{name} {one['value']:.4g}{' (' + one['failure'] + ')' if one['failure'] else ''}" for name, one in row["rewards"].items()
-    ]
+    parts = []
+    for name, one in row["rewards"].items():
+        said = one["failure"] or one["note"]
+        parts.append(f"{name} {one['value']:.4g}{f' ({said})' if said else ''}")
     parts += [f"environment {row['environment_reward']:.4g}"] if row["environment_reward"] else []
     stats = row["logprobs"]
     return [

@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> Path:
     write_use(ledgers[0], 2, [2], second, advantages=[0.5, -0.5], consumed=5)
     write_use(ledgers[1], 2, [3], third, consumed=5)
     write_drop(ledgers[0], 2, [4])
-    write_samples(ledgers[0], [5], 4)
+    write_samples(ledgers[0], [5], 4, note="test 3: wrong")
     return run
 
 
@@ -116,7 +116,7 @@ def test_what_became_of_each_sample(run: Path) -> None:
     assert {one.values["item"] for one in newest(samples, 1)} == {2, 3, 4, 5} and len(newest(samples, 0)) == 12
     first, *_ = slow = slowest(samples, 3)
     assert [call.seconds for call in slow] == [5.0, 5.0, 0.25]
-    assert (first.reward, first.problem, first.sample, first.rollout, first.failure) == (
+    assert (first.reward, first.problem, first.sample, first.rollout, first.said) == (
         "accuracy",
         "p3",
         "1.1.4",
@@ -142,7 +142,8 @@ def test_a_sample_with_its_text(run: Path, tmp_path, capsys) -> None:
     assert told["response"] == tokenizer.decode([13] * 4, skip_special=False) and told["token_logprobs"] == [-0.5, -1.0, -1.5, -2.0]
     assert capsys.readouterr().out.endswith(f"\n\nresponse\n{told['response']}\n")
     assert api.why(f"run={run}", "sample=1.0.7")["fate"] == DROPPED and api.why(f"run={run}", "sample=1.0.11")["fate"] == WAITING
-    assert "dropped in rollout 2 (rl.dynamic_sampling)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "dropped in rollout 2 (rl.dynamic_sampling)" in said and "rewards   1 = accuracy 1 (test 3: wrong)" in said
 
 
 def test_faults_are_told_last_and_end_with_status_1(tmp_path, capsys) -> None:

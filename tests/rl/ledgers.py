@@ -20,7 +20,7 @@ PROMPT = [5, 6, 7]
 
 def sample(item: int, member: int, version: int, **other: Any) -> Sample:
     """A judged sample: ``item + member + 1`` tokens, begun ``item`` seconds after :data:`CLOCK`. ``other``: its fields, and of
-    ``tokens``, ``versions``, ``routing``, ``seconds``, ``failure``, ``source`` and ``reason``, what is not the usual."""
+    ``tokens``, ``versions``, ``routing``, ``seconds``, ``failure``, ``note``, ``source`` and ``reason``, what is not the usual."""
     tokens = other.pop("tokens", [10 + item] * (item + member + 1))
     made = Completion(
         tokens,
@@ -29,7 +29,7 @@ def sample(item: int, member: int, version: int, **other: Any) -> Sample:
         other.pop("versions", ((version, 0, len(tokens)),)),
         other.pop("routing", None),
     )
-    record = RewardRecord(float(member), other.pop("seconds", 0.25), other.pop("failure", ""))
+    record = RewardRecord(float(member), other.pop("seconds", 0.25), other.pop("failure", ""), other.pop("note", ""))
     problem = SimpleNamespace(id=f"p{item}", source=other.pop("source", f"source{item % 2}"), question="", answer="")
     times = {"began": CLOCK + item, "generated": CLOCK + item + 2.0, "judged": CLOCK + item + 2.5}
     fields = {"records": {"accuracy": record}, "reward": float(member), **times, **other}

@@ -40,11 +40,21 @@ def test_what_is_written_is_read(tmp_path) -> None:
 
 
 def test_a_sample_comes_back_whole(tmp_path) -> None:
-    one = sample(2, 1, 5, own=[True, False, True, True], turns=2, versions=((4, 0, 3), (5, 3, 4)), routing=ROUTING, failure="late")
+    one = sample(
+        2,
+        1,
+        5,
+        own=[True, False, True, True],
+        turns=2,
+        versions=((4, 0, 3), (5, 3, 4)),
+        routing=ROUTING,
+        failure="late",
+        note="of 3",
+    )
     one.id = Ledger(tmp_path, 1, 0, 0, 0).write("sample", *recorded(one))
     frame = list(read(tmp_path))[1]
     again = restored(frame, one.problem)
-    assert len(frame.values["routing_sha256"]) == 16 and frame.values["rewards"] == {"accuracy": [1.0, 0.25, "late"]}
+    assert len(frame.values["routing_sha256"]) == 16 and frame.values["rewards"] == {"accuracy": [1.0, 0.25, "late", "of 3"]}
     one.completion = type(one.completion)(*list(vars(one.completion).values())[:4])  # routing is kept as its hash
     assert again == one
 

@@ -40,6 +40,7 @@ from r1mega.train import checkpoint
 from r1mega.train.checkpoint import latest
 from r1mega.train.pretrain import pretrain
 from tests.train.cases import CPU, OPTIM, lines, pretrain_config, stored, write_data
+from tests.train.test_prometheus import free_port, parsed, scrape
 
 SIZES = RolloutConfig(
     rollouts=2,
@@ -284,6 +285,20 @@ def loop(place: Path, tmp_path: Path):
             return run
 
         yield make
+
+
+def test_a_run_is_scraped(place: Path, tmp_path: Path) -> None:
+    settings = config(place, tmp_path / "run")
+    settings.log.prometheus_port = free_port()
+    with ExitStack() as stack:
+        run = Run(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits(), stack)
+        run.push()
+        turn(run)
+        found = parsed(scrape(settings.log.prometheus_port).text)
+    label = 'run="run"'
+    counted = [found[f"r1mega_{name}_total", label] for name in ("rollouts", "samples", "reward_failures", "engine_deaths")]
+    assert counted == [1.0, 8.0, 0.0, 0.0] and found["r1mega_update", label] == 2.0 and found["r1mega_push_seconds", label] > 0
+    assert found["r1mega_reward_by_source", f'{label},source="problems"'] == pytest.approx(found["r1mega_reward", label])
 
 
 def taken(run: Run) -> tuple[list[RolloutRow], dict[str, list[float]]]:
