@@ -71,10 +71,20 @@ class Learner:
 
     def train(self, rows: Sequence[RolloutRow], rollout: int) -> list[StepResult]:
         """The rollout in ``updates_per_rollout`` random minibatches, one optimizer step each."""
-        order = list(range(len(rows)))
+        return [self.update([rows[idx] for idx in part]) for part in self._minibatches(len(rows), rollout)]
+
+    def updates_of(self, count: int, rollout: int) -> list[int]:
+        """Which update each of the ``count`` rows of the rollout that was trained on last had its part in; the first ever is 1."""
+        found, first = [0] * count, self.update_count - self.sizes.updates_per_rollout + 1
+        for place, part in enumerate(self._minibatches(count, rollout)):
+            for idx in part:
+                found[idx] = first + place
+        return found
+
+    def _minibatches(self, count: int, rollout: int) -> list[list[int]]:
+        order, parts = list(range(count)), self.sizes.updates_per_rollout
         random.Random(f"{self.config.seed}:{rollout}:minibatches").shuffle(order)
-        count = self.sizes.updates_per_rollout
-        return [self.update([rows[idx] for idx in order[part::count]]) for part in range(count)]
+        return [order[part::parts] for part in range(parts)]
 
     def update(self, rows: Sequence[RolloutRow]) -> StepResult:
         """One optimizer step on one minibatch."""

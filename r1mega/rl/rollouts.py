@@ -82,7 +82,7 @@ class Rollouts:
         self.plan, self.engine, self.environment, self.tokenizer = plan, engine, environment, tokenizer
         self.stream, self.ledger, self.judge, self._encode = stream, ledger, judge, encode
         self.known, self.reused = dict(known or {}), 0
-        self.running, self.tokens = 0, 0
+        self.busy, self.tokens = Busy(), 0
         self._pool: dict[int, asyncio.Task[list[Sample]]] = {}
         self._taking: asyncio.Task[Taken] | None = None
         self._judging = Batcher(lambda asked: judge.records([sample.problem for sample, _ in asked], [text for _, text in asked]))
@@ -111,7 +111,9 @@ class Rollouts:
     def paused(self) -> Iterator[None]:
         """Inside nothing is sampled. After a failure it stays so: a half push never serves."""
         self.call(self.engine.pause())
+        self.busy.pause(True)
         yield
+        self.busy.pause(False)
         self.call(self.engine.resume())
 
     def abandon(self) -> None:
@@ -185,11 +187,8 @@ class Rollouts:
             with contextlib.suppress(UserError):  # a damaged frame: made again
                 self.reused += 1
                 return restored(held, self.stream.problem(item))
-        self.running += 1
-        try:
+        with self.busy:
             sample = await self._episode(item, member)
-        finally:
-            self.running -= 1
         text = sample_text(self.tokenizer, sample)
         sample.records = await self._judging.ask((sample, text))
         sample.reward = self.judge.total(sample.problem, sample.records) + sample.environment_reward
@@ -245,6 +244,39 @@ class Rollouts:
     def _seed(self, item: int, member: int, turn: int) -> int:
         text = f"{self.plan.seed}:{item}:{member}:{turn}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 2
+
+
+class Busy:
+    """A stopwatch that runs while at least one ``with`` of it is open and it is not paused. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock, self._count, self._paused = threading.Lock(), 0, False
+        self._total, self._since = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Run so far."""
+        self._move(0)
+        return self._total
+
+    def pause(self, paused: bool) -> None:
+        """Stand still, or go on."""
+        self._move(0, paused)
+
+    def __enter__(self) -> Busy:
+        self._move(1)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._move(-1)
+
+    def _move(self, change: int, paused: bool | None = None) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            if self._count and not self._paused:
+                self._total += now - self._since
+            self._since, self._count = now, self._count + change
+            self._paused = self._paused if paused is None else paused
 
 
 class Judge:

@@ -23,7 +23,7 @@ from r1mega.rl.batch import RolloutRow
 from r1mega.rl.environment import Single
 from r1mega.rl.learner import Learner
 from r1mega.rl.ledger import FOLDER, Frame, History, Ledger, next_start
-from r1mega.rl.metrics import mean_load, rollout_line
+from r1mega.rl.metrics import Pace, mean_load, rollout_line, source_line
 from r1mega.rl.push import PushReport, PushRuntime
 from r1mega.rl.reward.mix import FAILURES, by_reward, keep_failures, names_of, weights_of, write_failures
 from r1mega.rl.reward.runner import RewardRunner
@@ -108,6 +108,7 @@ class Run:
             )
             stack.callback(self.rollouts.close)
         self.pusher = self._open_push()
+        self.pace = Pace(mesh, self.rollouts)
         self.report: PushReport | None = None
         self.metrics = Metrics(self.folder, "rollout", self.sizes.rollouts, self.done, active=mesh.is_first, config=config)
         stack.callback(self.metrics.close)
@@ -292,14 +293,16 @@ class Run:
         extra["rollouts"] += 1
         extra["seconds"] += seconds
         self.state.step = self.learner.update_count
-        self.state.tokens += sum(self.mesh.gather_objects(sum(row.size for row in rows)))
+        self.trained_tokens = sum(self.mesh.gather_objects(sum(row.size for row in rows)))
+        self.state.tokens += self.trained_tokens
         used, dropped = self._finish(taken)
         if not self._place.writes:
             return
-        place = {"rollout": self.done, "update": self.learner.update_count, "consumed": self.stream.consumed}
+        place = {"rollout": self.done, "update": self.learner.update_count, "consumed": self.stream.consumed, "time": time.time()}
         samples = taken.samples
         about = {"samples": [sample.id for sample in samples], "advantages": [sample.advantage for sample in samples]}
-        self.ledger.write("use", {**place, "items": used, **about})
+        about["updates"] = self.learner.updates_of(len(samples), self.done - 1)
+        self.ledger.write("use", {**place, "seconds": self.seconds, "items": used, **about})
         if dropped:
             self.ledger.write("drop", {**place, "items": dropped, "reason": "rl.dynamic_sampling"})
         texts = [sample_text(self.tokenizer, sample) for sample in samples]
@@ -318,11 +321,14 @@ class Run:
         self.metrics.advance()
         first = self.learner.update_count - len(results)
         line = rollout_line(self.mesh, rows, taken, told, results, self.sizes.group_size, first)
+        line |= source_line(self.mesh.gather_objects, taken.samples, told["reward"])
+        line |= self.pace.line(self.seconds, self.trained_tokens)
+        counted = {"reward_failures": line["reward_failed"] * line["responses"], "engine_deaths": line.get("engine_deaths", 0)}
+        self.metrics.count(rollouts=1, samples=line["responses"], **counted)
         if self.done % self.sizes.log_every and self.done != self.sizes.rollouts:
             return
         whole = sum(self.seconds.values())
         line |= {f"seconds_{name}": value for name, value in self.seconds.items()}
-        line["seconds_reward"] = self.rollouts.judge.seconds if self.rollouts else 0.0
         line["idle_share"] = self.seconds.get("rollout", 0.0) / max(whole, 1e-9)
         line |= self.report.line() if self.report else {}
         place = {"update": self.learner.update_count, "rollout": self.done, "lr": self.learner.rate, "tokens": self.state.tokens}
