@@ -98,7 +98,7 @@ class Rollouts:
             raise first_of(failures) from failures
 
     def look(self, seconds: float | None = None) -> str:
-        """Work on the next rollout until it is "done", a server is "stale" and wants a push, or ``seconds`` are over ("waiting")."""
+        """Work on the next rollout until it is "done", a server is "stale" (wants a push), or ``seconds`` are over ("waiting")."""
         return self.call(self._look(seconds))
 
     def take(self) -> Taken:
@@ -280,7 +280,7 @@ class Busy:
 
 
 class Judge:
-    """The rewards of a run: ``runner`` scores, ``weights_of(source)`` says which reward counts how much. ``seconds``: spent so far."""
+    """The rewards of a run. ``runner``: scores; ``weights_of(source)``: which reward counts how much; ``seconds``: spent so far."""
 
     def __init__(self, runner: RewardRunner, weights_of: Callable[[str], Mapping[str, float]]):
         self._runner, self._weights_of, self.seconds = runner, weights_of, 0.0
@@ -298,8 +298,8 @@ class Judge:
 
 
 def sample_text(tokenizer: Tokenizer, sample: Sample) -> str:
-    """What a reward judges: what the policy itself wrote, without the end tokens of its turns; other special tokens are written out, so
-    that none is missed."""
+    """What a reward judges: what the policy wrote, without the end tokens of its turns; special tokens are written out, so that none
+    is missed."""
     own = sample.own or [True] * len(sample.completion.token_ids)
     text, turn = "", []
     for token, mine in zip([*sample.completion.token_ids, -1], [*own, False], strict=True):

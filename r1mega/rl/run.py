@@ -42,7 +42,6 @@ from r1mega.train.ranges import named_layers
 from r1mega.train.saving import run_saver
 from r1mega.train.trainee import StepResult
 
-
 PUSH_ATTEMPTS = 3
 AGREE_SECONDS = 2.0
 """Between two looks of several ranks at each other while they wait for rollouts."""
@@ -216,13 +215,7 @@ class Run:
         if sizes.shuffle_rewards:
             rewards = self.shuffled(rewards)
         counts = [self._counts(sample) for sample in samples]
-        everyone = self.mesh.gather_objects((rewards, counts))
-        rewards_PG, counts_PG = (
-            torch.tensor([item for part in column for item in part]).view(-1, sizes.group_size)
-            for column in zip(*everyone, strict=True)
-        )
-        first = sum(len(part[0]) for part in everyone[: self.mesh.data_rank])
-        advantages = self.advantages(rewards_PG, counts_PG).flatten().tolist()[first : first + len(samples)]
+        advantages = self.advantages_of(rewards, counts)
         rows = []
         for sample, advantage, count in zip(samples, advantages, counts, strict=True):
             sample.advantage = advantage
@@ -234,6 +227,16 @@ class Run:
         punished = {"overlong": shaped} if sizes.overlong.cache_tokens else {}
         failed = [float(any(record.failure for record in sample.records.values())) for sample in samples]
         return rows, {**told, **punished, "reward": rewards, "reward_failed": failed}
+
+    def advantages_of(self, rewards: list[float], counts: list[bool]) -> list[float]:
+        """Of this data rank's responses; a choice may normalise over all ranks' groups, so it is given all of them."""
+        everyone = self.mesh.gather_objects((rewards, counts))
+        rewards_PG, counts_PG = (
+            torch.tensor([item for part in column for item in part]).view(-1, self.sizes.group_size)
+            for column in zip(*everyone, strict=True)
+        )
+        first = sum(len(part[0]) for part in everyone[: self.mesh.data_rank])
+        return self.advantages(rewards_PG, counts_PG).flatten().tolist()[first : first + len(rewards)]
 
     def shuffled(self, rewards: list[float]) -> list[float]:
         """The rewards of all ranks in another order: this rank's part of it."""
@@ -344,8 +347,10 @@ class Run:
             self.policy.save(self.saver, self.state)
 
     def go_back(self, taken: Taken) -> bool:
-        """Back to the last checkpoint, with other questions than those of ``taken`` and of the rollouts that are undone; false where
-        there is no checkpoint."""
+        """Back to the last checkpoint, with other questions than those of ``taken`` and of the rollouts that are undone.
+
+        Returns false where there is no checkpoint.
+        """
         held = checkpoint.newest_whole(self.mesh, self.checkpoints)
         if held is None:
             return False
