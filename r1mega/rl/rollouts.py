@@ -298,8 +298,8 @@ class Judge:
 
 
 def sample_text(tokenizer: Tokenizer, sample: Sample) -> str:
-    """What a reward judges: what the policy wrote, without the end tokens of its turns; special tokens are written out, so that none
-    is missed."""
+    """What a reward judges: what the policy wrote, without the end tokens of its turns; special tokens are written out, so that
+    none is missed."""
     own = sample.own or [True] * len(sample.completion.token_ids)
     text, turn = "", []
     for token, mine in zip([*sample.completion.token_ids, -1], [*own, False], strict=True):
