@@ -29,6 +29,7 @@ from r1mega.rl.push import PushReport, PushRuntime
 from r1mega.rl.reward.mix import FAILURES, by_reward, keep_failures, names_of, weights_of, write_failures
 from r1mega.rl.reward.runner import RewardRunner
 from r1mega.rl.rollouts import Judge, Plan, Rollouts, Taken, sample_text
+from r1mega.rl.routing import RoutingShape
 from r1mega.rl.setup import encode_prompts, open_engine, open_policy, open_rewards, open_run_mesh, open_tokenizer, prompt_encoder
 from r1mega.rl.shaping import learnable_groups, overlong_penalties
 from r1mega.rl.types import Sample
@@ -42,7 +43,6 @@ from r1mega.train.profile import Profile
 from r1mega.train.ranges import named_layers
 from r1mega.train.saving import run_saver
 from r1mega.train.trainee import StepResult
-
 
 AGREE_SECONDS = 2.0
 """Between two looks of several ranks at each other while they wait for rollouts."""
@@ -137,6 +137,8 @@ class Run:
             lag=sizes.lag,
             oversample=sizes.oversample,
             patience=wanted.oversampling,
+            routing=RoutingShape.of(self.policy.model_config) if self.learner.hears_engine else None,
+            replays=sizes.routing_replay == "r3",
             **({"keeps": keeps} if wanted.by else {}),
         )
 
@@ -203,7 +205,8 @@ class Run:
             if self.mesh.axes[axis].size > 1:
                 parts = self.mesh.gather_objects(taken, axis)
                 waited = max(part.waited_seconds for part in parts)
-                taken = Taken(sum((part.groups for part in parts), []), sum((part.dropped for part in parts), []), waited)
+                groups, dropped = sum((part.groups for part in parts), []), sum((part.dropped for part in parts), [])
+                taken = Taken(groups, dropped, waited, sum(part.refused for part in parts))
         return taken
 
     def value(self, taken: Taken) -> tuple[list[RolloutRow], dict[str, list[float]]]:
@@ -304,6 +307,8 @@ class Run:
         self.metrics.advance()
         first = self.learner.update_count - len(results)
         line = rollout_line(self.mesh, rows, taken, told, results, self.sizes.group_size, first)
+        if self.learner.hears_engine:
+            line |= {"routing_agreement": self.learner.agreement, "routing_refused": sum(self.mesh.gather_objects(taken.refused))}
         if self.done % self.sizes.log_every and self.done != self.sizes.rollouts:
             return
         whole = sum(self.seconds.values())
