@@ -233,28 +233,47 @@ def test_responses_without_their_experts_are_made_again_and_counted(opened, monk
         turn(run)
 
 
-def test_samples_of_the_ledger_are_made_again_with_r3_alone(place: Path, digits, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
-    """A run dies when its first rollout is drawn; the next start has samples without experts."""
-    for mode, reused in (("r3", 0), ("none", 8)):
-        settings = config(place, tmp_path / mode, routing_replay=mode, rollouts=1)
-        settings.engine = TELLS
+def reused_samples(place: Path, out: Path, mode: str, monkeypatch) -> int:  # noqa: F811
+    """Samples that the next start takes from the ledger of a run that died when its first rollout was drawn."""
+    settings = config(place, out, routing_replay=mode, rollouts=1)
+    settings.engine = TELLS
 
-        def dies(self, rows):
-            raise KeyboardInterrupt
+    def dies(self, rows):
+        raise KeyboardInterrupt
 
-        with monkeypatch.context() as patch:
-            patch.setattr("r1mega.rl.learner.Learner.score", dies)
-            with pytest.raises(KeyboardInterrupt):
-                rl(settings)
-        close_mesh()
-        counted = []
-        with monkeypatch.context() as patch:
-            true = Run.take
-            patch.setattr(Run, "take", lambda self: (true(self), counted.append(self.rollouts.reused))[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("r1mega.rl.learner.Learner.score", dies)
+        with pytest.raises(KeyboardInterrupt):
             rl(settings)
-        assert counted == [reused] and History(tmp_path / mode / "ledger").audit() == []
-        samples = [frame for frame in History(tmp_path / mode / "ledger").frames if frame.kind == "sample"]
-        assert len(samples) == 16 - reused and all(frame.values["routing_sha256"] for frame in samples)
+    close_mesh()
+    true, counted = Run.take, []
+
+    def take(run: Run):
+        taken = true(run)
+        counted.append(run.rollouts.reused)
+        return taken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "take", take)
+        rl(settings)
+    (reused,) = counted
+    return reused
+
+
+@pytest.mark.parametrize(("mode", "reused"), [("r3", 0), ("none", 8)])
+def test_samples_of_the_ledger_have_no_experts_and_are_made_again_with_r3(
+    place: Path,  # noqa: F811
+    digits,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch,
+    mode: str,
+    reused: int,
+) -> None:
+    assert reused_samples(place, tmp_path / mode, mode, monkeypatch) == reused
+    history = History(tmp_path / mode / "ledger")
+    assert history.audit() == []
+    samples = [frame for frame in history.frames if frame.kind == "sample"]
+    assert len(samples) == 16 - reused and all(frame.values["routing_sha256"] for frame in samples)
 
 
 def test_turns_keep_the_experts_that_their_tokens_were_drawn_with() -> None:
