@@ -25,6 +25,7 @@ TORCH_LIBRARY(r1mega, m) {
       "-> ()");
   m.def("cross_entropy(Tensor logits, Tensor targets, SymInt first) -> (Tensor log_sum, Tensor target)");
   m.def("cross_entropy_backward_(Tensor(a!) logits, Tensor targets, Tensor log_sum, Tensor grad, SymInt first) -> ()");
+  m.def("hash_words_(Tensor(a!) sums, Tensor words, int first) -> ()");
   m.def(
       "mla_rope(Tensor query, Tensor key_value, Tensor shared_key, Tensor cos, Tensor sin, SymInt nope) "
       "-> (Tensor turned_query, Tensor key, Tensor value)");

@@ -65,7 +65,7 @@ def test_help_of_a_command_lists_every_key_with_doc_and_unit(command, capsys) ->
 def test_help_shows_groups_choices_and_the_defaults_in_force(capsys) -> None:
     main(["rl", "--help"])
     text = capsys.readouterr().out
-    assert "  engine=local (now local)" in text and "  optim.lr=3e-06 " in text and "  rl.rollouts=(required)" in text
+    assert "  engine=local | sglang (now local)" in text and "  optim.lr=3e-06 " in text and "  rl.rollouts=(required)" in text
     assert "  advantage.scale_by_std=true" in text and "  reward.weights={accuracy:1.0,format:1.0}" in text
     main(["pretrain", "model=deepseek_v3", "--help"])
     text = capsys.readouterr().out

@@ -23,7 +23,7 @@ class RewardConfig:
 
     weights: dict[str, float] = knob(
         {"accuracy": 1.0, "format": 1.0},
-        "reward (registered, or a class's dotted path) to weight; the sum of weight x value is the reward; "
+        "reward (registered, or the dotted path of a class or function) to weight; the sum of weight x value is the reward; "
         "~reward.weights.NAME drops one of the preset's",
         "name: 1",
     )
@@ -34,7 +34,9 @@ class RewardConfig:
         "pattern: {name: 1}",
     )
     options: dict[str, Any] = knob({}, "knobs of rewards where they are not the defaults", "name: {knob: value}")
-    timeout_seconds: float = knob(5.0, "longest time of one call, with all processes that it starts", "seconds", **at_least(0.01))
+    timeout_seconds: float = knob(
+        5.0, "longest time of one call, with all processes that it starts; code and judge have more", "seconds", **at_least(0.01)
+    )
     memory_bytes: int = knob(2 << 30, "address space of each process of a reward", "bytes", **at_least(64 << 20))
     workers: int = knob(1, "reward processes of one rank", "processes", **at_least(1))
 

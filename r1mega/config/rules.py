@@ -287,7 +287,7 @@ def _rewards(reward: RewardConfig) -> Iterator[Violation]:
 
 
 def _reward_faults(place: str, name: str) -> Iterator[Violation]:
-    """Why ``name`` is no reward: neither registered, nor a dotted path to a dataclass."""
+    """Why ``name`` is no reward: neither registered, nor a dotted path to a dataclass or a function."""
     known = registry.choices("reward")
     if "." in name:
         try:
@@ -296,8 +296,9 @@ def _reward_faults(place: str, name: str) -> Iterator[Violation]:
             way = f"{error.__cause__}, check PYTHONPATH and the name" if error.__cause__ else "write {MODULE.CLASS: 1}"
             yield Violation(place, "a dotted reward is imported", repr(name), hint=way)
         else:
-            if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, "build")):
-                rule = "a reward is a frozen dataclass with build()"
+            is_class = isinstance(cls, type)
+            if not (dataclasses.is_dataclass(cls) and hasattr(cls, "build") if is_class else callable(cls)):
+                rule = "a reward is a frozen dataclass with build(), or a function of a problem and a response"
                 yield Violation(place, rule, repr(name), hint="add @dataclass(frozen=True) and build")
     elif name not in known:
         yield Violation(
@@ -313,7 +314,8 @@ def _reward_options(options: dict[str, Any]) -> Iterator[Violation]:
         if faults:
             yield from faults
             continue
-        known = {field.name: field for field in dataclasses.fields(registry.lookup("reward", name))}
+        cls = registry.lookup("reward", name)
+        known = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
         if not isinstance(knobs, dict):
             yield Violation(
                 place, "knobs with their values", repr(knobs), hint=f"use {', '.join(known) or 'none, it has no knobs'}"

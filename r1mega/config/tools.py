@@ -23,7 +23,11 @@ class DoctorConfig(RunConfig):
 
     json: bool = knob(False, "print one JSON object instead of the table", "bool")
     timeout_seconds: float = knob(180.0, "longest time of one check", "seconds", **at_least(1))
-    engine: Any = knob(None, "a server to look at: engine=sglang engine.url=URL; null: this machine", "choice")
+    engine: Any = knob(None, "engine.url=URL: a server to look at, instead of this machine; None in Python: sglang", "choice")
+
+    def __post_init__(self) -> None:
+        if self.engine is None:
+            self.engine = registry.lookup("engine", "sglang")()
 
 
 @dataclass

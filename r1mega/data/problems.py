@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from r1mega.config.errors import UserError, nearest
-from r1mega.data import columns
+from r1mega.data import code_tests, columns
 from r1mega.files.records import read_rows, stem
 
 GENERATED = "reasoning_gym:"
@@ -26,7 +26,8 @@ class Problem:
     """One question with its answer.
 
     source: ``reasoning_gym:<data set>``, or a file's name. answer: the final answer alone; "" only for a generated problem whose
-    scorer needs none. metadata: JSON values, what the data set's scorer reads. solution: a worked solution, or None.
+    scorer needs none, and for one with tests. metadata: JSON values, what the data set's scorer reads, or the tests of a program
+    (:mod:`r1mega.data.code_tests`). solution: a worked solution, or None.
     """
 
     id: str
@@ -73,8 +74,9 @@ def load_problems(
             problem = Problem(
                 id=columns.find_id(record) or f"{source}:{row.key}",
                 question=columns.find_question(record, question_column) or "",
-                answer=columns.find_answer(record, answer_column) or "",
+                answer=columns.find_answer(_without_tests(record), answer_column) or "",
                 source=source,
+                metadata=code_tests.find_tests(record) or {},
                 solution=columns.find_solution(record),
             )
         _check(problem, row.where, record, question_column, answer_column)
@@ -98,6 +100,12 @@ def write_problems(path: str | Path, problems: Iterable[Problem]) -> int:
     return num
 
 
+def _without_tests(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose ground truth, where it is tests, is not taken for an answer."""
+    inner = record.get("reward_model")
+    return {**record, "reward_model": {}} if isinstance(inner, dict) and code_tests.find_tests({"reward_model": inner}) else record
+
+
 _FIELDS = tuple(f.name for f in dataclasses.fields(Problem))
 
 
@@ -112,8 +120,8 @@ def _check(problem: Problem, where: str, record: dict[str, Any], question_column
         looked = question_column or ", ".join(columns.QUESTION_COLUMNS)
         near = nearest(question_column, record) if question_column and question_column not in record else ""
         raise UserError(f"{where}: a problem has a question in {looked}; got {has}; {near}set question_column")
-    if not problem.answer.strip() and problem.dataset is None:
-        looked = answer_column or ", ".join(columns.ANSWER_COLUMNS) + ", or a solution with #### or \\boxed{}"
+    if not problem.answer.strip() and problem.dataset is None and not problem.metadata.get("inputs"):
+        looked = answer_column or ", ".join(columns.ANSWER_COLUMNS) + ", a solution with #### or \\boxed{}, or tests"
         near = nearest(answer_column, record) if answer_column and answer_column not in record else ""
         raise UserError(
             f"{where}: a problem has an answer in {looked}; got {has}; {near}add the answer, drop the {where.split()[-2]} or set "

@@ -64,7 +64,11 @@ PARTS = {
     ),
     "flash-attn": ("package", "flash_attn", "device.attention=flash_attn; otherwise attention is torch's"),
     "sgl-deep-gemm": ("package", "deep_gemm", "precision=fp8 on a GPU, whose experts' products it does"),
-    "sglang": ("package", "sglang", "nothing yet: this version has no engine=sglang; engine=local generates in the trainer"),
+    "sglang": (
+        "package",
+        "sglang",
+        "nothing where .venv-sglang is there (make sglang) or engine.python names another; engine=local needs none",
+    ),
     "ray": ("package", "ray", "nothing yet: this version starts processes itself (launch.processes) or joins torchrun's"),
     "wandb": ("package", "wandb", "log.wandb=true: metrics on Weights & Biases"),
 }

@@ -28,7 +28,9 @@ def main(overrides: Sequence[str]) -> int:
 
 def doctor(cfg: DoctorConfig) -> dict[str, Any]:
     """Run all checks, print them, and return them."""
-    if cfg.engine is not None:
+    if not hasattr(cfg.engine, "urls"):
+        raise UserError("engine: doctor looks at SGLang servers; got another engine; write engine=sglang engine.url=URL")
+    if cfg.engine.urls():
         return servers(cfg)
     found = checks(Path(cfg.out))
     results = []
@@ -49,10 +51,7 @@ def doctor(cfg: DoctorConfig) -> dict[str, Any]:
 def servers(cfg: DoctorConfig) -> dict[str, Any]:
     """Look at the servers of ``cfg.engine``, print, and return as :func:`doctor` does; usable: nothing is at fault."""
     from r1mega.doctor import engine
-    from r1mega.rl.engine.sglang import SglangEngine
 
-    if not isinstance(cfg.engine, SglangEngine):
-        raise UserError("engine: doctor looks at SGLang servers; got another engine; write engine=sglang engine.url=URL")
     wide, results = [Check(name, True, "", "") for name in engine.names()], []
     for result in engine.examine_servers(cfg.engine):
         if not cfg.json:

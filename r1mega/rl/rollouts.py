@@ -338,7 +338,7 @@ def recorded(sample: Sample) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         "versions": [list(span) for span in made.versions],
         "turns": sample.turns,
         "routing_sha256": hashlib.sha256(routing.numpy().tobytes()).hexdigest()[:16] if routing is not None else None,
-        "rewards": {name: [record.value, record.seconds, record.failure] for name, record in sample.records.items()},
+        "rewards": {name: [record.value, record.seconds, record.failure, record.note] for name, record in sample.records.items()},
         "environment_reward": sample.environment_reward,
         "reward": sample.reward,
         "began": sample.began,

@@ -20,7 +20,6 @@ from r1mega.config.rl import RlConfig
 from r1mega.data.problems import load_problems
 from r1mega.data.prompts import PromptStream
 from r1mega.rl.batch import RolloutRow
-from r1mega.rl.engine.contract import WEIGHTS
 from r1mega.rl.environment import Single
 from r1mega.rl.learner import Learner
 from r1mega.rl.ledger import FOLDER, Frame, History, Ledger, next_start
@@ -254,7 +253,7 @@ class Run:
         yield
         if is_sleeping:
             self.mesh.device.release_unused()
-            self.rollouts.call(self.engine.wake((WEIGHTS,)))
+            self.rollouts.call(self.engine.wake_weights())
 
     def push(self) -> None:
         """Hand the weights to the engine and have it prove that it holds them; nothing is sampled meanwhile."""

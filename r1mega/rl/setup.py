@@ -132,8 +132,11 @@ def open_rewards(
     """
     made = {}
     for name, knobs in config.options.items():
+        cls = lookup("reward", name)
+        if not isinstance(cls, type):
+            raise UserError(f"reward.options.{name}: knobs of a class; got a function, which has none; leave it out")
         try:
-            made[name] = lookup("reward", name)(**knobs)
+            made[name] = cls(**knobs)
         except TypeError as error:
             raise UserError(f"reward.options.{name}: knobs that the reward has; got {error}; see its class") from error
     by_source = config.by_source if by_source is None else by_source

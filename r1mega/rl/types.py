@@ -33,11 +33,12 @@ class Completion:
 
 @dataclass(frozen=True)
 class RewardRecord:
-    """What one reward said of one response: its value, and why it failed ("" when it did not)."""
+    """What one reward said of one response: its value, why it failed ("" when it did not), and what it noted (:class:`Noted`)."""
 
     value: float
     seconds: float
     failure: str = ""
+    note: str = ""
 
 
 @dataclass
@@ -75,3 +76,12 @@ class Sample:
 def without_end(ids: list[int], eos_id: int) -> list[int]:
     """A turn's tokens without the one that ended it, if one did."""
     return ids[:-1] if ids and ids[-1] == eos_id else ids
+
+
+class Noted(float):
+    """A reward's value with a word on how it came about ("test 3: wrong"): no failure of the reward, but kept with its record."""
+
+    def __new__(cls, value: float, note: str = "") -> Noted:
+        made = super().__new__(cls, value)
+        made.note = note
+        return made

@@ -135,7 +135,7 @@ def test_a_broken_rule_names_key_value_and_a_way_out_that_works(command, overrid
 
 HINTED = [
     ("pretrain", "data.train={t: 0}", "data.train: a weight above 0 for t; got 0; give a positive weight"),
-    ("rl", "reward.weights.acuracy=1", "reward.weights: a registered reward; got 'acuracy'; did you mean accuracy? use one of accuracy, format"),
+    ("rl", "reward.weights.acuracy=1", "reward.weights: a registered reward; got 'acuracy'; did you mean accuracy? use one of accuracy, code, format"),
     ("rl", "reward.weights={no_such.Reward: 1}", "reward.weights: a dotted reward is imported; got 'no_such.Reward'; No module named 'no_such'"),
     ("sft", "model.hidden_size=3", "model.hidden_size: a field that alters no weight, the checkpoint decides the others; got 3; use one of "),
 ]  # fmt: skip

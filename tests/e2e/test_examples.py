@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from r1mega.rl.sandbox import why_not
 from r1mega.testing.contracts import check_reward
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,18 @@ def test_rl_your_jsonl_trains_on_the_files_problems_and_judges_the_held_out_ones
     judged = json.loads((rl_your_jsonl / "eval" / "eval.json").read_text())
     assert (judged["num_problems"], judged["samples"]) == (20, 4)
     assert {example["question"] for example in judged["examples"]} == set(parts["test"])
+
+
+def test_code_rewards_get_what_they_should() -> None:
+    reason = why_not()
+    if reason:
+        assert "R1MEGA_CI" not in os.environ, reason
+        pytest.skip(f"no sandbox on this machine: {reason}")
+    script = ROOT / "examples" / "code_rewards" / "score.py"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 13
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ RECIPE = "recipe out=F/new --config-dir F/mine"
 MINE = f"{PRETRAIN} --config-dir F/mine"
 RANK = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TUNABLE = "use one of expert_bias_update_rate, seq_aux_loss_coef, mtp_loss_coef"
-REWARDS = "use one of accuracy, format, language, length, repetition"
+REWARDS = "use one of accuracy, code, format, judge, language, length, repetition"
 ALONE = "start the ranks with torchrun or launch.processes=N, or unset RANK WORLD_SIZE"
 
 

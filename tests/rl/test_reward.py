@@ -141,6 +141,6 @@ def test_a_broken_scorer_is_seen_and_a_choking_one_is_not():
         reward(problem("7", "reasoning_gym:b"), "</think><answer>7</answer>")
 
 
-@pytest.mark.parametrize("name", sorted(choices("reward")))
+@pytest.mark.parametrize("name", sorted(set(choices("reward")) - {"judge"}))  # its contract needs a server: test_judge.py
 def test_contract(name):
     check_reward(choices("reward")[name]())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from r1mega.config.compose import compose
 from r1mega.config.errors import UserError
 from r1mega.config.rl import RewardConfig
 from r1mega.rl.loop import rl
-from r1mega.rl.reward.mix import by_reward, names_of, weights_of
+from r1mega.rl.reward.mix import FAILURES, by_reward, names_of, weights_of, write_failures
 from r1mega.rl.setup import open_rewards
 from r1mega.rl.types import RewardRecord
 from tests.rl.test_loop import config, place  # noqa: F401 (a fixture)
@@ -33,6 +34,7 @@ def test_weights_by_source_on_the_command_line():
     reward = compose("rl", [*RL, "reward.by_source={reasoning_gym*: {accuracy: 1, format: 0.2}, gsm8k: {length: 1}}"]).reward
     assert reward.by_source == {"reasoning_gym*": {"accuracy": 1, "format": 0.2}, "gsm8k": {"length": 1}}
     assert reward.weights == {"accuracy": 1.0, "format": 1.0}
+    assert compose("rl", [*RL, "reward.weights={json.dumps: 1}"]).reward.weights["json.dumps"] == 1
     escaped = compose(
         "rl", [*RL, "reward.by_source={reasoning_gym\\:*: {accuracy: 1}}", "reward.options.language.target=zh"]
     ).reward
@@ -41,17 +43,19 @@ def test_weights_by_source_on_the_command_line():
 
 
 @pytest.mark.parametrize("override, line", [
-    ("reward.by_source={gsm8k: {acuracy: 1}}", "reward.by_source[gsm8k]: a registered reward; got 'acuracy'; did you mean accuracy? use one of accuracy, format, language, length, repetition"),
+    ("reward.by_source={gsm8k: {acuracy: 1}}", "reward.by_source[gsm8k]: a registered reward; got 'acuracy'; did you mean accuracy? use one of accuracy, code, format, judge, language, length, repetition"),
     ("reward.by_source={gsm8k: {}}", "reward.by_source[gsm8k]: at least one reward with its weight; got none; give reward.by_source={PATTERN:{accuracy:1}}"),
     ("reward.by_source={gsm8k: 1}", "reward.by_source[gsm8k]: at least one reward with its weight; got 1; give reward.by_source={PATTERN:{accuracy:1}}"),
     ("reward.by_source={gsm8k: {accuracy: x}}", "reward.by_source[gsm8k]: a finite number as the weight of accuracy; got 'x'; give reward.by_source={PATTERN:{accuracy:1}}"),
     ("reward.by_source={gsm8k: {accuracy: true}}", "reward.by_source[gsm8k]: a finite number as the weight of accuracy; got True; give reward.by_source={PATTERN:{accuracy:1}}"),
     ("reward.weights.accuracy=inf", "reward.weights: a finite number as the weight of accuracy; got inf; give reward.weights={accuracy:1}"),
-    ("reward.weights={json.JSONDecoder: 1}", "reward.weights: a reward is a frozen dataclass with build(); got 'json.JSONDecoder'; add @dataclass(frozen=True) and build"),
-    ("reward.options={lenght: {longest: 1}}", "reward.options: a registered reward; got 'lenght'; did you mean length? use one of accuracy, format, language, length, repetition"),
+    ("reward.weights={json.JSONDecoder: 1}", "reward.weights: a reward is a frozen dataclass with build(), or a function of a problem and a response; got 'json.JSONDecoder'; add @dataclass(frozen=True) and build"),
+    ("reward.options={lenght: {longest: 1}}", "reward.options: a registered reward; got 'lenght'; did you mean length? use one of accuracy, code, format, judge, language, length, repetition"),
     ("reward.options.length.longst=5", "reward.options.length: a knob of the reward; got 'longst'; did you mean longest? use one of longest, margin"),
     ("reward.options.length.longest=0", "reward.options.length.longest: at least 1; got 0; use reward.options.length.longest=81920"),
     ("reward.options.length.longest=far", "reward.options.length.longest: at least 1; got 'far'; use reward.options.length.longest=81920"),
+    ("reward.options={json.dumps: {indent: 1}}", "reward.options.json.dumps: a knob of the reward; got 'indent'; it has none, leave reward.options.json.dumps out"),
+    ("reward.options.code.sandbox=none", "reward.options.code.sandbox: one of namespaces, process; got 'none'; use reward.options.code.sandbox=namespaces"),
     ("reward.options.format.strict=true", "reward.options.format: a knob of the reward; got 'strict'; it has none, leave reward.options.format out"),
 ])  # fmt: skip
 def test_rules_of_the_rewards(override, line):
@@ -61,6 +65,17 @@ def test_rules_of_the_rewards(override, line):
     if "options" in override:
         with pytest.raises(UserError, match="reward.options"):
             compose("eval", ["checkpoint=runs/x", "data.problems=p.jsonl", override])
+
+
+def test_failures_come_before_notes(tmp_path):
+    given = [SimpleNamespace(id=str(idx)) for idx in range(30)]
+    records = [
+        {"code": RewardRecord(0.0, 0.1, "crash" if idx > 24 else "", "" if idx > 24 else "test 1: wrong")} for idx in range(30)
+    ]
+    write_failures(tmp_path / FAILURES, 1, given, ["x"] * 30, records)
+    lines = [json.loads(line) for line in (tmp_path / FAILURES).read_text().splitlines()]
+    assert [line["failure"] for line in lines] == ["crash"] * 5 + [""] * 15
+    assert lines[0]["problem"] == "25" and lines[5]["note"] == "test 1: wrong" and lines[5]["problem"] == "0"
 
 
 def test_rl_opens_the_configs_mix_and_eval_its_own_two():

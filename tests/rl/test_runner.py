@@ -134,6 +134,99 @@ def test_reward_choices_that_cannot_run_are_errors(module):
             runner.score([problem()], ["x"])
 
 
+TOGETHER = '''
+    import time
+    from dataclasses import dataclass
+
+    from r1mega.rl.types import Noted
+
+
+    def longer(problem, response):
+        """A reward that is a function."""
+        return Noted(len(response) / 10, "characters") if response else "nothing"
+
+
+    class Mean:
+        def many(self, calls):
+            found = [float(len(calls)) if response.isdigit() else ValueError(response) for _, response in calls]
+            if any(response == "die" for _, response in calls):
+                import os
+                os._exit(3)
+            if any(response == "hang" for _, response in calls):
+                time.sleep(1000)
+            return found[1:] if any(response == "few" for _, response in calls) else found
+
+
+    @dataclass(frozen=True)
+    class Together:
+        """Scores all calls of a chunk at once."""
+
+        longest_seconds = 1.0
+        batched = True
+        value_range = (0.0, 1000.0)
+
+        def build(self):
+            return Mean()
+
+
+    @dataclass(frozen=True)
+    class Slow:
+        """Takes longer than the runner's limit, and says so."""
+
+        longest_seconds = 20.0
+
+        def build(self):
+            return lambda problem, response: time.sleep(0.5) or 1.0
+
+
+    @dataclass(frozen=True)
+    class Picky:
+        def check(self):
+            from r1mega.config.errors import UserError
+            raise UserError("picky: a better machine; got this one; buy it")
+
+        def build(self):
+            return lambda problem, response: 1.0
+'''
+
+
+@pytest.fixture
+def together(tmp_path, monkeypatch):
+    (tmp_path / "together.py").write_text(textwrap.dedent(TOGETHER))
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_function_is_a_reward(together):
+    with RewardRunner({"together.longer": 1.0, "format": 1.0}) as runner:
+        records = [each["together.longer"] for each in runner.score([problem()] * 2, ["four", ""])]
+    assert (records[0].value, records[0].failure, records[0].note) == (0.4, "", "characters")
+    assert (records[1].value, records[1].failure, records[1].note) == (0.0, "a reward is a number; got str", "")
+
+
+def test_calls_that_are_scored_together(together):
+    name = "together.Together"
+    with RewardRunner({"format": 1.0, name: 1.0, "together.longer": 1.0}, timeout_seconds=0.5, workers=2) as runner:
+        responses = ["1", "x", "22", "3"] * 3
+        records = runner.score([problem()] * 12, responses)
+        for response, record in zip(responses, records, strict=True):
+            assert list(record) == ["format", name, "together.longer"] and record["together.longer"].value == len(response) / 10
+            failed = "" if response.isdigit() else "ValueError: x"
+            assert (record[name].value, record[name].failure) == (6.0 if response.isdigit() else 0.0, failed), "six a process"
+        for response, says in (("die", "status 3"), ("hang", "time limit of 1 s"), ("few", "many answers 2 calls; got 1 answers")):
+            start = time.monotonic()
+            records = runner.score([problem()] * 4, [response, response, "1", "1"])
+            assert says in records[0][name].failure and says in records[1][name].failure
+            assert [record[name].value for record in records[2:]] == [2.0, 2.0] and not records[0]["format"].failure
+            assert time.monotonic() - start < 15
+
+
+def test_a_reward_may_take_longer_and_may_refuse_the_machine(together):
+    with RewardRunner({"together.Slow": 1.0}, timeout_seconds=0.1) as runner:
+        assert runner.score([problem()], ["x"])[0]["together.Slow"].value == 1.0
+    with pytest.raises(UserError, match="picky: a better machine"):
+        RewardRunner({"together.Picky": 1.0})
+
+
 def test_the_process_imports_no_torch(module):
     (module / "looks.py").write_text(
         textwrap.dedent("""

@@ -36,11 +36,6 @@ class RoutingRefused(UserError):
     """A response whose record of experts is not whole: it is made again."""
 
 
-WEIGHTS = "weights"
-TAGS = (WEIGHTS, "kv_cache", "cuda_graph")
-"""What an engine's memory is for, in SGLang's words."""
-
-
 @dataclass(frozen=True)
 class Request:
     """A response that is wanted. ``prompt``: token ids, at least one; ``seed``: decides what is drawn, as far as an engine can."""
@@ -70,8 +65,11 @@ class Engine(Protocol):
     async def sleep(self) -> None:
         """Give device memory back, weights included; an engine that cannot does nothing. Nothing runs while it sleeps."""
 
-    async def wake(self, tags: tuple[str, ...] = TAGS) -> None:
-        """Take the memory of these :data:`TAGS` again: of the weights before the next push, of the rest after it."""
+    async def wake_weights(self) -> None:
+        """Take the weights' memory again, before the push that brings them."""
+
+    async def wake(self) -> None:
+        """Take all of the memory again, after that push."""
 
     def close(self) -> None:
         """End it and all that it started; safe to call twice."""

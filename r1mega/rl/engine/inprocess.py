@@ -62,7 +62,10 @@ class InProcessEngine:
     async def sleep(self) -> None:
         """Nothing: its memory is the trainer's process's."""
 
-    async def wake(self, tags: tuple[str, ...] = ()) -> None:
+    async def wake_weights(self) -> None:
+        """Nothing."""
+
+    async def wake(self) -> None:
         """Nothing."""
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ class AutoPush:
 class ServerWay:
     """The knobs of every way to servers."""
 
-    bucket_bytes: int = knob(512 << 20, "tensors that travel together; two buckets are held", "bytes", **at_least(1 << 10))
+    bucket_bytes: int = knob(512 << 20, "tensors that travel together; three buckets are held", "bytes", **at_least(1 << 10))
     proof: str = knob("auto", PROOF, "name", **one_of(*PROOFS))
     format: str = knob("auto", FORMAT, "name", **one_of(*FORMATS))
     probe_tolerance: float = knob(0.3, "largest difference of a log-probability that the probe accepts", "nats", **above(0))

@@ -75,7 +75,7 @@ class ByDisk:
         shutil.rmtree(self._target, ignore_errors=True)
         self._partial.rename(self._target)
         sync(self._target.parent)
-        self.fleet.post("/update_weights_from_disk", {"model_path": str(self._target), "flush_cache": False})
+        self.fleet.post("/update_weights_from_disk", {"model_path": str(self._target), "load_format": "auto", "flush_cache": False})
         for old in self.versions()[: -self.choice.keep]:
             shutil.rmtree(old, ignore_errors=True)
 

@@ -12,14 +12,8 @@ import hashlib
 
 import torch
 
-TILE = 8192
-"""Words of 32 bits."""
-STEP = 512 * TILE
-"""Words hashed at once: what it takes between is a few times that."""
-SEED = 0x243F6A88
-SEEDS = (SEED, ((SEED * 0x9E3779B1) ^ 0xDEADBEEF) & 0xFFFFFFFF)
-PLACES = ((0x27D4EB2D, 15), (0x165667B1, 13))
-"""Factor of the index, and how far it is turned."""
+from r1mega.ops.hash_words import TILE, hash_words_, mix, signed
+
 MASK32, MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
 
@@ -53,11 +47,11 @@ class Sha:
 
 
 class Tiles:
-    """SGLang's hash of a GPU tensor, in plain torch on the pieces' own device. Bits are independent of the device."""
+    """SGLang's hash of a GPU tensor, taken on the pieces' own device; the same bits on every device."""
 
     def __init__(self, nbytes: int, device: torch.device):
         self._words = -(-nbytes // 4)
-        self._sums = torch.zeros(2, -(-self._words // TILE), dtype=torch.int64, device=device)
+        self._sums = torch.zeros(2, -(-self._words // TILE), dtype=torch.int32, device=device)
         self._loose: torch.Tensor | None = None  # all bytes, where a piece does not begin or end with a word
         self._nbytes, self._device = nbytes, device
 
@@ -73,9 +67,9 @@ class Tiles:
             return
         if tail := data.numel() % 4:
             data = torch.nn.functional.pad(data, (0, 4 - tail))
-        if data.storage_offset() % 4:
+        if data.data_ptr() % 4:
             data = data.clone()
-        self._add(start // 4, data.view(torch.int32))
+        hash_words_(self._sums, data.view(torch.int32), start // 4)
 
     def zeros(self, start: int, nbytes: int) -> None:
         """As :meth:`Sha.zeros`."""
@@ -87,25 +81,9 @@ class Tiles:
             self._add_loose()
         if not self._words:
             return f"{0:016x}"
-        nbytes = torch.tensor(_signed(self._words * 4), dtype=torch.int32, device=self._device)
-        # sums are of 32 bits: what is above wraps
-        first, second = (_mix(_low(sums) ^ nbytes).to(torch.int64) & MASK32 for sums in self._sums)
-        total = (int(first.sum()) << 32) + int(second.sum())
-        return f"{_spread(total & MASK64):016x}"
-
-    def _add(self, start: int, words: torch.Tensor) -> None:
-        """The sums of words that begin at word ``start``."""
-        done = 0
-        while done < words.numel():
-            at = start + done
-            part = words[done : done + STEP - at % TILE]
-            index = torch.arange(at, at + part.numel(), dtype=torch.int32, device=self._device)
-            begin, end = at // TILE, -(-(at + part.numel()) // TILE)
-            for row, ((factor, turn), seed) in enumerate(zip(PLACES, SEEDS, strict=True)):
-                mixed = _mix(part ^ _place(index, factor, turn, seed))
-                mixed = torch.nn.functional.pad(mixed, (at % TILE, end * TILE - at - part.numel()))
-                self._sums[row, begin:end] += mixed.view(-1, TILE).sum(1)
-            done += part.numel()
+        mixed = mix(self._sums ^ signed(self._words * 4)).to(torch.int64) & MASK32
+        first, second = mixed.sum(1).tolist()
+        return f"{_spread((first << 32) + second & MASK64):016x}"
 
     def _add_loose(self) -> None:
         """Words that pieces share; a word has either all its bytes here or none."""
@@ -114,7 +92,7 @@ class Tiles:
         begin = 0
         for at in range(1, len(runs) + 1):
             if at == len(runs) or runs[at] != runs[at - 1] + 1:
-                self._add(runs[begin], data[runs[begin] : runs[at - 1] + 1])
+                hash_words_(self._sums, data[runs[begin] : runs[at - 1] + 1], runs[begin])
                 begin = at
         self._loose = None
 
@@ -129,36 +107,6 @@ def content_hash(tensor: torch.Tensor) -> str:
     taken = (Sha if tensor.device.type == "cpu" else Tiles)(tensor.numel() * tensor.element_size(), tensor.device)
     taken.put(0, tensor)
     return taken.hex()
-
-
-def _place(index: torch.Tensor, factor: int, turn: int, seed: int) -> torch.Tensor:
-    turned = (index << turn) | _right(index, 32 - turn)
-    return (index * _signed(factor) + _signed(seed)).bitwise_xor_(turned)
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Murmur3's finaliser of 32 bits, in int32 that wraps."""
-    x = x ^ _right(x, 16)
-    x = x.mul_(_signed(0x85EBCA6B))
-    x = x.bitwise_xor_(_right(x, 13)).mul_(_signed(0xC2B2AE35))
-    return x.bitwise_xor_(_right(x, 16))
-
-
-def _right(x: torch.Tensor, by: int) -> torch.Tensor:
-    """Shift without the sign."""
-    return (x >> by).bitwise_and_((1 << (32 - by)) - 1)
-
-
-def _low(sums: torch.Tensor) -> torch.Tensor:
-    """The low 32 bits as int32."""
-    low = sums & MASK32
-    return torch.where(low > 0x7FFFFFFF, low - (1 << 32), low).to(torch.int32)
-
-
-def _signed(value: int) -> int:
-    """32 bits as int32 has them."""
-    value &= MASK32
-    return value - (1 << 32) if value > 0x7FFFFFFF else value
 
 
 def _spread(x: int) -> int:

@@ -3,8 +3,8 @@
     drain -> version "r1mega:incomplete:N" -> [session] -> bucket after bucket -> [end of session] -> flush -> proof -> version "N"
 
 Until the proof has passed, a server reports the poison version and the engine's version is -1, so that a push that broke off is
-seen by the next trainer too. A bucket is filled while the one before it travels: two memories in turn, neither touched again before
-the servers have answered. No update flushes the cache itself: old servers die of a flush that meets a request, so the end drains.
+seen by the next trainer too. A bucket is filled while the one before it travels: memories in turn, none touched again before the
+servers have answered. No update flushes the cache itself: old servers die of a flush that meets a request, so the end drains.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from r1mega.rl.push.wire import Bucket, Format, fill, room
 if TYPE_CHECKING:
     from r1mega.rl.engine.sglang.client import Server
 
-PAIRED = 2
-"""Memories in turn."""
+MEMORIES, AHEAD = 3, 2
+"""Memories in turn, and buckets under way at most. A server may answer while its GPU still copies out of a handle's memory: it has
+answered for the bucket after that too before the memory is written again."""
 
 
 class Way(Protocol):
@@ -127,13 +128,13 @@ class ToServers:
         self.way.close()
 
     def memory(self, turn: int, nbytes: int, device: torch.device) -> torch.Tensor:
-        """Memory ``turn % 2``, kept between pushes and made anew where it is too small."""
-        while len(self._memories) < PAIRED:
+        """The memory whose turn it is, kept between pushes and made anew where it is too small."""
+        while len(self._memories) < MEMORIES:
             self._memories.append(torch.empty(0, dtype=torch.uint8, device=device))
-        held = self._memories[turn % PAIRED]
+        held = self._memories[turn % MEMORIES]
         if held.numel() < nbytes or held.device != device:
             size = max(nbytes, self.choice.bucket_bytes) if nbytes > self.choice.bucket_bytes // 2 else nbytes
-            held = self._memories[turn % PAIRED] = torch.empty(size, dtype=torch.uint8, device=device)
+            held = self._memories[turn % MEMORIES] = torch.empty(size, dtype=torch.uint8, device=device)
         return held
 
     def proof(self, servers: list[Server], forms: list[Format]) -> Checksums | Probe | None:
@@ -257,7 +258,7 @@ class _Sending:
         with ThreadPoolExecutor(1, thread_name_prefix="push-bucket") as carrier:
             try:
                 for bucket in buckets(pairs, self.choice.bucket_bytes):
-                    if len(waiting) == PAIRED:
+                    if len(waiting) == AHEAD:
                         waiting.pop(0).result()
                     waiting.append(carrier.submit(self._deliver, self.filled(bucket), self.num_buckets))
                     self.num_buckets += 1

@@ -9,9 +9,11 @@ penalty; accuracy alone asks for less, an answer after the reasoning.
 """
 
 from r1mega.rl.reward.accuracy import AccuracyReward
+from r1mega.rl.reward.code import CodeReward
 from r1mega.rl.reward.format import FormatReward
+from r1mega.rl.reward.judge import JudgeReward
 from r1mega.rl.reward.language import LanguageReward
 from r1mega.rl.reward.length import LengthReward
 from r1mega.rl.reward.repetition import RepetitionReward
 
-__all__ = ["AccuracyReward", "FormatReward", "LanguageReward", "LengthReward", "RepetitionReward"]
+__all__ = ["AccuracyReward", "CodeReward", "FormatReward", "JudgeReward", "LanguageReward", "LengthReward", "RepetitionReward"]

@@ -69,14 +69,18 @@ def keep_failures(path: Path, done: int) -> None:
 def write_failures(
     path: Path, rollout: int, problems: Sequence[Any], responses: Sequence[str], records: Sequence[Mapping[str, RewardRecord]]
 ) -> None:
-    """Append the first failures of a rollout to a JSONL: rollout, problem, reward, seconds, failure, response."""
+    """Append the first failures of a rollout to a JSONL: rollout, problem, reward, seconds, failure, note, response.
+
+    What rewards noted without a failure ("test 3: wrong") follows where there is room.
+    """
     lines = [
         {"rollout": rollout, "problem": problem.id, "reward": name, "seconds": entry.seconds, "failure": entry.failure}
-        | {"response": response}
+        | {"note": entry.note, "response": response}
         for problem, response, record in zip(problems, responses, records, strict=True)
         for name, entry in record.items()
-        if entry.failure
+        if entry.failure or entry.note
     ]
+    lines.sort(key=lambda line: not line["failure"])
     if lines:
         with path.open("ab") as file:  # one write, so that lines of several ranks do not mix
             file.write("".join(json.dumps(line) + "\n" for line in lines[:MOST_FAILURES]).encode())

@@ -214,8 +214,8 @@ def _report(line: bytes, secret: str) -> dict[str, Any]:
         report = json.loads(line)
         fits = report["secret"] == secret
         if "value" in report:
-            call, value, seconds, failure = (report[name] for name in ("call", "value", "seconds", "failure"))
-            fits = fits and type(call) is int and isinstance(failure, str)
+            call, value, seconds, failure, note = (report[name] for name in ("call", "value", "seconds", "failure", "note"))
+            fits = fits and type(call) is int and isinstance(failure, str) and isinstance(note, str)
             fits = fits and all(type(number) is float and math.isfinite(number) for number in (value, seconds))
         return report if fits else {}
     except (ValueError, TypeError, KeyError, RecursionError):

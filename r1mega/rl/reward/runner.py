@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, Self
 
 from r1mega.config.errors import UserError
@@ -28,11 +29,13 @@ LARGEST_CHUNK = 256
 class RewardRunner:
     """Scores responses with several rewards in ``workers`` processes; a context manager.
 
-    ``weights``: reward name (registered, or a dotted class path) to weight; ``by_source``: other weights for some sources, see
-    :mod:`r1mega.rl.reward.mix`. ``timeout_seconds``: wall-clock limit of one call. ``memory_bytes``: address space of one process.
-    ``rewards``: choices by name where the knobs are not the defaults; their classes must be importable. ``namespace``: whether the
-    processes may be kept in a PID namespace. They end with this process and with :meth:`close`. Raises UserError for an unknown or
-    unbuildable reward, or a memory limit too small to start.
+    ``weights``: reward name (registered, or the dotted path of a class or function) to weight; ``by_source``: other weights for
+    some sources, see :mod:`r1mega.rl.reward.mix`. ``timeout_seconds``: wall-clock limit of one call, but for rewards whose
+    ``longest_seconds`` is more. ``memory_bytes``: address space of one process. ``rewards``: choices by name where the knobs are
+    not the defaults; their classes must be importable. ``namespace``: whether the processes may be kept in a PID namespace. They
+    end with this process and with :meth:`close`. A choice may have ``check()``, which raises UserError here for what it needs of
+    this machine, and ``batched = True`` where what it builds has ``many(calls)``. Raises UserError for an unknown or unbuildable
+    reward, or a memory limit too small to start.
     """
 
     def __init__(
@@ -50,7 +53,13 @@ class RewardRunner:
         if not self.names:
             raise UserError("reward.weights: at least one reward; got none; use accuracy and format")
         self.timeout_seconds, self.memory_bytes, self.namespace = timeout_seconds, memory_bytes, namespace
-        self._specs = [_spec(name, (rewards or {}).get(name)) for name in self.names]
+        choices = [_choice(name, (rewards or {}).get(name)) for name in self.names]
+        for choice in choices:
+            if hasattr(choice, "check"):  # what a reward needs of this machine is missed here, not in the first rollout
+                choice.check()
+        self._specs = [_spec(name, choice) for name, choice in zip(self.names, choices, strict=True)]
+        self._limits = [max(timeout_seconds, getattr(choice, "longest_seconds", 0.0)) for choice in choices]
+        self._batched = [bool(getattr(choice, "batched", False)) for choice in choices]
         self._workers = [self._start() for _ in range(workers)]
         self._ending: list[RewardProcess] = []
 
@@ -73,15 +82,32 @@ class RewardRunner:
             for problem, response, mine in zip(problems, responses, names, strict=True)
             for name in mine
         ]
-        records = iter(self._run(calls))
+        # Calls that are scored together stand together, behind all others.
+        order = sorted(
+            range(len(calls)), key=lambda idx: (self._batched[calls[idx][0]], calls[idx][0] * self._batched[calls[idx][0]])
+        )
+        found: list[RewardRecord | None] = [None] * len(calls)
+        for idx, record in zip(order, self._run([calls[idx] for idx in order]), strict=True):
+            found[idx] = record
+        records = iter(found)
         return [{name: next(records) for name in mine} for mine in names]
+
+    def _chunks(self, calls: list) -> list[tuple[int, int]]:
+        """(start, stop) of what one process gets at once: several chunks a process, but of calls that are scored together one."""
+        chunks = []
+        for reward_idx, group in groupby(range(len(calls)), lambda idx: calls[idx][0] if self._batched[calls[idx][0]] else -1):
+            places = list(group)
+            parts = len(self._workers) * (1 if reward_idx >= 0 else 4)
+            size = max(1, min(LARGEST_CHUNK, -(-len(places) // parts)))
+            stop = places[-1] + 1
+            chunks += [(start, min(start + size, stop)) for start in range(places[0], stop, size)]
+        return chunks
 
     def _run(self, calls: list) -> list[RewardRecord]:
         """The record of each call, in order."""
         records: list[RewardRecord | None] = [None] * len(calls)
         self._killed: set[int] = set()
-        size = max(1, min(LARGEST_CHUNK, -(-len(calls) // (4 * len(self._workers)))))
-        todo = deque((start, min(start + size, len(calls))) for start in range(0, len(calls), size))
+        todo = deque(self._chunks(calls))
         try:
             while todo or any(worker.calls for worker in self._workers):
                 for slot, worker in enumerate(self._workers):
@@ -142,14 +168,18 @@ class RewardRunner:
         ready = {fd for fd, _ in poll.poll(max(0.0, wait) * 1000 + 1)}
         for slot in busy:
             worker = self._workers[slot]
-            failure = self._take(worker, records) if worker.report_fd in ready else ""
+            failure = self._take(worker, calls, records) if worker.report_fd in ready else ""
             if not failure and worker.phase != "idle" and time.monotonic() >= worker.deadline and not worker.has_more():
-                limit = self.timeout_seconds if worker.phase == "running" else START_SECONDS
+                limit = self._limit(worker, calls) if worker.phase == "running" else START_SECONDS
                 failure = f"time limit of {limit:g} s"
             if failure:
                 self._replace(slot, failure, calls, records, todo)
 
-    def _take(self, worker: RewardProcess, records: list) -> str:
+    def _limit(self, worker: RewardProcess, calls: list) -> float:
+        """Seconds that the call may take which the process is at, or comes to next."""
+        return self._limits[calls[worker.calls[0]][0]] if worker.calls else 0.0
+
+    def _take(self, worker: RewardProcess, calls: list, records: list) -> str:
         """Read reports; returns why the process must go, or an empty string."""
         reports = worker.read()
         if reports is None:
@@ -158,10 +188,12 @@ class RewardRunner:
             if not worker.allows(report):
                 return "it wrote into its process's pipe"
             if "value" in report:
-                records[worker.calls.popleft()] = RewardRecord(report["value"], report["seconds"], report["failure"])
-                worker.enter("running" if worker.calls else "idle", self.timeout_seconds)
+                records[worker.calls.popleft()] = RewardRecord(
+                    report["value"], report["seconds"], report["failure"], report["note"]
+                )
+                worker.enter("running" if worker.calls else "idle", self._limit(worker, calls))
             elif "begin" in report:
-                worker.enter("running", self.timeout_seconds)
+                worker.enter("running", self._limit(worker, calls))
             elif "warming" in report:
                 worker.enter("warming", START_SECONDS)
             elif "ready" in report:
@@ -191,7 +223,9 @@ class RewardRunner:
             way_out = f"see what its rewards ({', '.join(self.names)}) do when they are built, or leave one out of reward.weights"
             raise UserError(f"reward.weights: rewards whose process {what}; got {failure}; {way_out}")
         seconds = time.monotonic() - worker.entered
-        records[worker.calls.popleft()] = RewardRecord(0.0, seconds, failure)
+        together = self._batched[calls[first][0]]
+        for _ in range(len(worker.calls) if together else 1):
+            records[worker.calls.popleft()] = RewardRecord(0.0, seconds, failure)
         if worker.calls:
             todo.appendleft((worker.calls[0], worker.calls[-1] + 1))
         self._workers[slot] = self._start()
@@ -208,11 +242,21 @@ def _sources(worker: RewardProcess, calls: list) -> str:
     return ", ".join(sorted({calls[idx][1].source for idx in worker.calls}))
 
 
-def _spec(name: str, choice: object | None) -> tuple[str, str, dict[str, Any]]:
-    """(module, class, field values) of a reward, with which the process builds it."""
-    cls = lookup("reward", name) if choice is None else type(choice)
+def _choice(name: str, choice: object | None) -> object:
+    """The choice that a reward's name means, with its default knobs if none is given; a function is itself."""
     if choice is None:
-        choice = cls()
+        choice = lookup("reward", name)
+        if isinstance(choice, type):
+            return choice()
+    return choice
+
+
+def _spec(name: str, choice: Any) -> tuple[str, str, dict[str, Any] | None]:
+    """(module, class, field values) of a reward, with which the process builds it; (module, name, None) of a function."""
+    if not dataclasses.is_dataclass(choice):
+        module, _, attribute = name.rpartition(".")
+        return module, attribute, None
+    cls = type(choice)
     if cls.__module__ == "__main__":
         raise UserError(
             f"reward.weights: a reward's class is in a module that can be imported; got {name} in __main__; move it to a file"

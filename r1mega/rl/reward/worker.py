@@ -3,6 +3,8 @@
 Forked by :mod:`r1mega.rl.reward.keeper`. A request is a pickle with an 8-byte length before it; a report is one JSON line. Standard
 input is empty and output goes nowhere, so that a reward can neither read requests nor fill a disk with prints.
 
+A reward whose ``many`` scores several calls at once gets all calls of a chunk, which are then its own; they are one call in time.
+
 A call ends what it starts: a child process that it did not wait for, or a thread that runs on, makes it a failure and ends this
 process, so that nothing of one call reaches into the next.
 """
@@ -23,6 +25,9 @@ import signal
 import struct
 import sys
 import time
+from typing import Any
+
+from r1mega.rl.types import Noted
 
 OUT_OF_MEMORY, LEFT_A_PROCESS, LEFT_A_THREAD, LOST_ITS_PIPE = 77, 78, 80, 81
 """Exit statuses: what the last call did."""
@@ -78,11 +83,16 @@ def serve(calls: list, rewards: list, warmed: set[tuple[int, str]], report) -> N
                 guarded(function.warm, problem.source)  # what fails here fails again in the call, where it is recorded
     report(begin=True)
     own = os.getpid()
-    for number, (reward_idx, problem, response) in enumerate(calls):
+    together = bool(calls) and hasattr(rewards[calls[0][0]][0], "many")
+    for number in range(1) if together else range(len(calls)):
+        reward_idx, problem, response = calls[number]
         function, value_range = rewards[reward_idx]
         threads = _thread._count()
         start = time.perf_counter()
-        value, failure = guarded(judged, function, value_range, problem, response)
+        if together:
+            found = all_judged(function, value_range, [call[1:] for call in calls])
+        else:
+            found = [guarded(judged, function, value_range, problem, response)]
         seconds = time.perf_counter() - start
         if os.getpid() != own:
             os._exit(0)  # a fork that came back
@@ -91,22 +101,41 @@ def serve(calls: list, rewards: list, warmed: set[tuple[int, str]], report) -> N
         if _thread._count() > threads:
             os._exit(LEFT_A_THREAD)
         signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that a call set is not for the next one
-        report(call=number, value=value, seconds=seconds, failure=failure)
+        for offset, (value, failure, note) in enumerate(found):
+            report(call=number + offset, value=value, seconds=seconds, failure=failure, note=note)
 
 
-def guarded(function, *args) -> tuple[float, str]:
-    """What the function returns, or (0.0, what it raised); ends the process at the memory limit: little can be trusted then."""
+def guarded(function, *args) -> Any:
+    """What the function returns, or (0.0, what it raised, ""); ends the process at the memory limit: little can be trusted then."""
     try:
         return function(*args)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except BaseException as error:  # SystemExit too: a reward must not end the run
-        return 0.0, describe(error)
+        return 0.0, describe(error), ""
 
 
-def judged(function, value_range: tuple[float, float], problem: object, response: str) -> tuple[float, str]:
-    """One call and the check of its value, which may run a reward's code too."""
-    return checked(function(problem, response), value_range)
+def judged(function, value_range: tuple[float, float], problem: object, response: str) -> tuple[float, str, str]:
+    """One call and the check of its value, which may run a reward's code too: (value, failure, note)."""
+    value = function(problem, response)
+    note = value.note if type(value) is Noted else ""
+    return *checked(value, value_range), str(note)[:LONGEST_FAILURE]
+
+
+def all_judged(function, value_range: tuple[float, float], calls: list[tuple[object, str]]) -> list[tuple[float, str, str]]:
+    """:func:`judged` of several calls by one call of ``many``, which answers each with a value or the exception that it met."""
+    answers = guarded(lambda: (function.many(calls),))
+    if len(answers) != 1:
+        return [answers] * len(calls)
+    if len(answers[0]) != len(calls):
+        return [(0.0, f"many answers {len(calls)} calls; got {len(answers[0])} answers", "")] * len(calls)
+
+    def one(answer: object, response: str) -> object:
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    return [guarded(judged, one, value_range, *pair) for pair in zip(answers[0], (call[1] for call in calls), strict=True)]
 
 
 def checked(value: object, value_range: tuple[float, float]) -> tuple[float, str]:
@@ -137,11 +166,13 @@ def describe(error: BaseException) -> str:
         return type(error).__name__[:LONGEST_FAILURE]
 
 
-def build(module: str, name: str, fields: dict) -> tuple[object, tuple[float, float]]:
-    """The built reward of a class path and its field values, with its declared range."""
+def build(module: str, name: str, fields: dict | None) -> tuple[object, tuple[float, float]]:
+    """The built reward of a class path and its field values, with its declared range; fields None: the path is a function's."""
     target = importlib.import_module(module)
     for part in name.split("."):
         target = getattr(target, part)
+    if fields is None:
+        return target, getattr(target, "value_range", (-math.inf, math.inf))
     return target(**fields).build(), getattr(target, "value_range", (-math.inf, math.inf))
 
 

@@ -13,13 +13,16 @@ LETTERS = list(range(10, 60))
 
 
 class FakeServer:
-    """``info``: what /server_info says; ``spoil``: changes an answer of /generate; ``token_seconds``: of one token; ``paths``: what was
-    asked for, in order; ``fail``: path to (status, JSON) answered instead; ``drop``: connections to close before an answer."""
+    """``info``: what /server_info says; ``spoil``: changes an answer of /generate; ``token_seconds``: of one token; ``hold``: requests
+    that must be there before any is answered; ``paths``: what was asked for, in order, with ``bodies``; ``fail``: path to
+    (status, JSON) answered instead; ``drop``: connections to close before an answer."""
 
     def __init__(self, **info: Any):
         self.info = INFO | info
         self.spoil: Callable[[dict], dict] = lambda answer: answer
         self.token_seconds = 0.0
+        self.hold = 0
+        self.label = "default"
         self.paths: list[str] = []
         self.bodies: list[dict] = []
         self.fail: dict[str, tuple[int, Any]] = {}
@@ -89,6 +92,8 @@ class FakeServer:
             return self.fail[path]
         if path == "/server_info":
             return 200, self.info
+        if path == "/model_info":
+            return 200, {"weight_version": self.label}
         if path == "/generate":
             return 200, self.spoil(await self._generate(body))
         if path == "/abort_request":
@@ -101,6 +106,9 @@ class FakeServer:
     async def _generate(self, body: dict) -> dict:
         stopped = self.running[body.get("rid", "probe")] = asyncio.Event()
         self.most_running = max(self.most_running, len(self.running))
+        while len(self.running) < self.hold:
+            await asyncio.sleep(0.02)
+        self.hold = 0
         sampling, tokens = body["sampling_params"], []
         scale = 1.0 if self.raw_logprobs else sampling["temperature"] or 1.0
         while len(tokens) < sampling["max_new_tokens"] and not stopped.is_set():
@@ -115,7 +123,7 @@ class FakeServer:
             "meta_info": {
                 "finish_reason": {"type": "length", "length": len(tokens)} if whole else {"type": "abort", "message": "Aborted"},
                 "prompt_tokens": len(body["input_ids"]),
-                "weight_version": "default",
+                "weight_version": self.label,
                 "output_token_logprobs": [[-1.0 / token, token, None] for token in tokens],
                 "output_top_logprobs": top if body.get("top_logprobs_num") else None,
             },

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ if "--die" in arguments:
     print("loading"); print("ValueError: no such attention backend", flush=True); print("more"); sys.exit(3)
 print("environment", json.dumps({name: os.environ.get(name) for name in ("SGLANG_USE_CPU_ENGINE", "RANK", "MINE")}), flush=True)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+from multiprocessing import resource_tracker, shared_memory
+held = shared_memory.SharedMemory(f"sglang_test_{os.getpid()}", create=True, size=4096)
+resource_tracker.unregister(held._name, "shared_memory")  # nobody tidies up after a kill
 print("pids", os.getpid(), child.pid, flush=True)
 if "--slow" in arguments:
     time.sleep(600)
@@ -45,7 +49,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(arguments[arguments.index("--p
 
 
 @pytest.fixture
-def python(tmp_path: Path) -> str:
+def python(tmp_path: Path) -> Iterator[str]:
     """An interpreter that says it has sglang, and whose server is :data:`SERVER`."""
     (tmp_path / "server.py").write_text(SERVER)
     said = json.dumps({"sglang": "0.5.16", "flashinfer": None, "arguments": [*KNOWN, "die", "slow"]})
@@ -54,7 +58,9 @@ def python(tmp_path: Path) -> str:
         f'#!/bin/sh\nif [ "$1" = -c ]; then echo \'{said}\'; else exec {sys.executable} {tmp_path}/server.py "$@"; fi\n'
     )
     file.chmod(0o755)
-    return str(file)
+    yield str(file)
+    for pid in (pid for index in range(2) if (tmp_path / f"engine/server{index}.log").exists() for pid in pids(tmp_path, index)):
+        Path(f"/dev/shm/sglang_test_{pid}").unlink(missing_ok=True)  # of a server that was killed before the keeper looked
 
 
 def fleet(python: str, folder: Path, **knobs) -> launch.Fleet:
@@ -91,8 +97,11 @@ def test_two_servers_start_and_end(python: str, tmp_path: Path, monkeypatch) -> 
     assert command[command.index("--tp-size") + 1] == "2" and command[command.index("--load-format") + 1] == "dummy"
     log = (tmp_path / "engine/server0.log").read_text()
     assert json.loads(log.splitlines()[0].partition(" ")[2]) == {"SGLANG_USE_CPU_ENGINE": "1", "RANK": None, "MINE": "1"}
+    shared = [Path(f"/dev/shm/sglang_test_{pid}") for pid in (started[0], started[2])]
+    assert all(file.exists() for file in shared)
     servers.close()
     assert not any(map(is_there, started)), "the children in sessions of their own too"
+    assert not any(file.exists() for file in shared)
 
 
 def test_a_server_that_dies_at_its_start_is_told_with_its_first_error(python: str, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class SglangEngine:
     shared: bool = knob(False, "others use these servers too: a pause stops this run's requests one by one", "bool")
     memory_saver: bool = knob(False, "servers give memory back while the trainer works (sleep and wake)", "bool")
     routed_experts: bool = knob(False, "ask for the experts that each token went through (routing replay)", "bool")
-    sampling_mask: bool = knob(False, "ask for the tokens that top-p, top-k and min-p kept", "bool")
+    sampling_mask: bool = knob(False, "ask for the tokens that top-p, top-k and min-p kept; SGLang wants a top-k for it", "bool")
     deterministic: bool = knob(False, "the same seed gives the same tokens: the servers' deterministic kernels, slower", "bool")
     may_update: bool = knob(False, "r1mega doctor may replace the weights of the server that it looks at", "bool")
     api_key_variable: str = knob("", "environment variable that holds the servers' API key; empty: they have none", "name")

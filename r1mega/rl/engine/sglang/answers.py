@@ -105,6 +105,10 @@ def read(
     if reason == "stop" and (not token_ids or token_ids[-1] != eos_id):
         last = token_ids[-1] if token_ids else "nothing"
         raise refuse(f"stop means the end of sequence {eos_id}", f"{last}; the server's config.json has another eos_token_id")
+    if eos_id in token_ids[:-1]:
+        raise refuse(f"a response ends at the end of sequence {eos_id}", f"more behind it, at {token_ids.index(eos_id)}")
+    if token_ids and token_ids[-1] == eos_id:
+        reason = "stop"  # SGLang says length, or abort, where that came in the same step
     if about.get("prompt_tokens") not in (None, prompt_size):
         raise refuse(f"it read {prompt_size} tokens", f"prompt_tokens {about['prompt_tokens']}: they were not taken as they are")
     experts = None

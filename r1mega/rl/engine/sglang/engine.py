@@ -44,13 +44,14 @@ SLACK = 8
 @dataclass
 class Seat:
     """One server's place. ``version``: of its weights, -1 where they are not whole; ``alive``: it answers; ``flights``: its
-    requests; ``asleep``: memory tags that it has given back."""
+    requests; ``asleep``: memory tags that it has given back; ``label``: weight_version of its last answer under these weights."""
 
     server: Server
     version: int = -1
     alive: bool = True
     flights: set[str] = field(default_factory=set)
     asleep: list[str] = field(default_factory=list)
+    label: str = ""
 
 
 class ServedEngine:
@@ -101,7 +102,7 @@ class ServedEngine:
     def version(self, version: int) -> None:
         for seat in self.seats:
             if seat.alive or version < 0:
-                seat.version = version
+                seat.version, seat.label = version, ""
         self._tell_waiting()
 
     @property
@@ -192,6 +193,8 @@ class ServedEngine:
             masked=choice.sampling_mask,
         )
         self.counts["pieces"] += 1
+        if not self.router:
+            seat.label = piece.label
         made.add(piece, version)
         return piece.reason
 
@@ -299,6 +302,10 @@ class ServedEngine:
         await asyncio.gather(*(one(seat) for seat in self.seats if seat.alive))
         self._tell_waiting()
 
+    async def wake_weights(self) -> None:
+        """Take the weights' memory back, for a push."""
+        await self.wake((sglang_server.WEIGHTS,))
+
     def close(self) -> None:
         """End our servers; leave others' as they are."""
         self._closed = True
@@ -313,15 +320,16 @@ class ServedEngine:
         was = _identity(seat.server.info)
         try:
             info = await seat.server.aget("/server_info", 10)
+            label = (await seat.server.aget("/model_info", 10)).get("weight_version")
         except EngineError:
             if seat.alive:
                 self._died(self.seats.index(seat))
                 self._revivals.add(task := asyncio.ensure_future(self._await_revival(seat)))
                 task.add_done_callback(self._revivals.discard)
             return
-        if _identity(info) != was:
+        if seat.alive and (_identity(info) != was or (seat.label and label != seat.label)):
             self._died(self.seats.index(seat))
-            seat.server.read_info()
+            await asyncio.to_thread(seat.server.read_info)
             self._revived(self.seats.index(seat))
 
     async def _await_revival(self, seat: Seat) -> None:
@@ -419,7 +427,7 @@ def sampling_params(sampling: Any, limit: int, eos_id: int) -> dict[str, Any]:
 
 def _identity(info: dict[str, Any]) -> tuple[Any, ...]:
     """What another process at the same address would say otherwise."""
-    return tuple(info.get(name) for name in ("version", "random_seed", "startup_time", "weight_version", "model_path"))
+    return tuple(info.get(name) for name in ("version", "random_seed", "startup_time"))
 
 
 def _raise_open_files(wanted: int) -> None:

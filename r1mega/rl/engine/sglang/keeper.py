@@ -19,6 +19,8 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 TICK_SECONDS = 0.2
+LOOK_SECONDS = 5.0
+"""Between two looks at shared memory: a server that dies by itself cannot be asked any more."""
 
 
 def main(parent: int, log: str, command: list[str]) -> int:
@@ -37,20 +39,23 @@ def main(parent: int, log: str, command: list[str]) -> int:
             start_new_session=True,
             preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0),
         )
+    left, looked = set(), time.monotonic()
     while server.poll() is None and not asked and os.getppid() == parent:
+        if time.monotonic() - looked > LOOK_SECONDS:
+            left, looked = left | shared_files(), time.monotonic()
         with contextlib.suppress(InterruptedError):
             if select.select([sys.stdin], [], [], TICK_SECONDS)[0] and not os.read(sys.stdin.fileno(), 1):
                 break
-    end(server)
+    end(server, left)
     return server.returncode if server.returncode >= 0 else 128 - server.returncode
 
 
-def end(server: subprocess.Popen) -> None:
-    """Kill the server and all that it has started, and remove what it leaves in shared memory.
+def end(server: subprocess.Popen, left: set[str]) -> None:
+    """Kill the server and all that it has started, and remove ``left`` and what else it leaves in shared memory.
 
     Without a request to end: SGLang would then wait for its requests and take the end of its own scheduler for a crash.
     """
-    left = shared_files()
+    left = left | shared_files()
     while pids := children():
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):

@@ -1,0 +1,98 @@
+"""GRPO through a real SGLang server on the CPU: reward rises, whichever way the weights are pushed; rescoring agrees; running ahead."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from r1mega.config.compose import preset
+from r1mega.config.rl import ProblemDataConfig, RewardConfig, RlConfig, RolloutConfig
+from r1mega.config.run import SamplingConfig
+from r1mega.mesh import close_mesh
+from r1mega.registry import lookup
+from r1mega.rl.advantage import GroupAdvantage
+from r1mega.rl.engine import SglangEngine
+from r1mega.rl.environment import Single
+from r1mega.rl.ledger import History
+from r1mega.rl.loop import rl
+from r1mega.rl.loss import GrpoLoss
+from r1mega.train.pretrain import pretrain
+from tests.rl.engine.conftest import Home
+from tests.train.cases import CPU, OPTIM, lines, pretrain_config, write_data
+
+
+@dataclass(frozen=True)
+class Early:
+    """The share of a response's characters that come before n in the alphabet: something that a few updates teach."""
+
+    value_range = (0.0, 1.0)
+
+    def build(self):
+        """The reward."""
+        return lambda problem, response: sum("a" <= char < "n" for char in response) / max(len(response), 1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Questions, and a checkpoint of the quickstart's model to start from."""
+    close_mesh()
+    folder = write_data(tmp_path_factory.mktemp("grpo"))
+    problems = [{"question": f"{left}+1", "answer": str(left + 1)} for left in range(6)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    pretrain(pretrain_config(folder, folder / "seed", 3, model=preset("model", "tiny")))
+    return folder
+
+
+def config(place: Path, home: Home, out: Path, push: str, rollouts: int, **sizes) -> RlConfig:
+    """``rollouts`` of 16 responses with the quickstart's objective."""
+    name = f"{Early.__module__}.{Early.__qualname__}"
+    return RlConfig(
+        name=out.name,
+        out=str(out),
+        device=CPU,
+        init=str(place / "seed"),
+        data=ProblemDataConfig(problems=str(place / "problems.jsonl")),
+        rl=RolloutConfig(
+            rollouts=rollouts,
+            prompts_per_rollout=2,
+            group_size=8,
+            updates_per_rollout=2,
+            micro_batch_size=8,
+            sampling=SamplingConfig(temperature=1.0, max_new_tokens=8),
+            **sizes,
+        ),
+        reward=RewardConfig(weights={name: 1.0}),
+        advantage=GroupAdvantage(),
+        policy_loss=GrpoLoss(),
+        engine=SglangEngine(url=home.engine.servers[0].url),
+        push=lookup("push", push)(),
+        environment=Single(),
+        optim=OPTIM,
+    )
+
+
+@pytest.mark.parametrize("push", ["tensor", "distributed", "disk"])
+def test_the_reward_rises(place: Path, home: Home, tmp_path: Path, push: str) -> None:
+    settings = config(place, home, tmp_path / push, push, rollouts=6)
+    result = rl(settings)
+    told = lines(tmp_path / push)
+    assert result["rollouts"] == 6 and [line["rollout"] for line in told] == list(range(1, 7))
+    assert all(line["rollout_diff_max"] < 1e-3 for line in told), "the trainer's rescoring agrees with the server's"
+    assert all(line["push_proof"] == "checksum" and line["staleness_max"] == 0 for line in told)
+    rewards = [line["reward"] for line in told]
+    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.05, rewards
+    history = History(tmp_path / push / "ledger")
+    assert history.audit() == []
+    assert {frame.values["finish_reason"] for frame in history.samples().values()} <= {"stop", "length"}
+    assert home.engine.servers[0].get("/model_info")["weight_version"] == "12", "two updates a rollout, the last one pushed"
+
+
+def test_running_ahead_of_the_trainer(place: Path, home: Home, tmp_path: Path) -> None:
+    rl(config(place, home, tmp_path / "ahead", "tensor", rollouts=4, lag=1))
+    told = lines(tmp_path / "ahead")
+    assert all(line["staleness_max"] <= 2 for line in told) and max(line["staleness_max"] for line in told) > 0
+    history = History(tmp_path / "ahead/ledger")
+    assert history.audit() == [] and sorted(history.uses()) == [1, 2, 3, 4]
