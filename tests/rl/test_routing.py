@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from r1mega.rl.batch import RolloutRow, microbatches
 from r1mega.rl.engine import LocalEngine
 from r1mega.rl.engine.contract import Request, RoutingRefused
 from r1mega.rl.engine.inprocess import InProcessEngine
+from r1mega.rl.environment import Step
 from r1mega.rl.ledger import History
 from r1mega.rl.loop import rl, turn
 from r1mega.rl.routing import RoutingShape
@@ -97,9 +99,10 @@ def opened(place: Path, tmp_path: Path) -> Iterator:  # noqa: F811
     close_mesh()
     with ExitStack() as stack:
 
-        def make(mode: str, name: str = "run", engine=TELLS, **sizes) -> Run:
+        def make(mode: str, name: str = "run", engine=TELLS, environment=None, **sizes) -> Run:
             settings = config(place, tmp_path / name, routing_replay=mode, **sizes)
             settings.engine, settings.model = engine, {"seq_aux_loss_coef": 0.0, "expert_bias_update_rate": 0.0}
+            settings.environment = environment or settings.environment
             run = Run(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits(), stack)
             stack.enter_context(run.saver)
             return run
@@ -144,6 +147,19 @@ def test_forced_experts_are_those_that_a_plain_model_computes(opened) -> None:
         want = logits[len(row.prompt) - 1 :].float().log_softmax(-1).gather(1, targets)[:, 0]
         torch.testing.assert_close(mine, want, atol=1e-5, rtol=0)
         assert (mine - other).abs().max() > 1e-4, "other experts show"
+
+
+def test_wide_records_say_the_same(opened) -> None:
+    """int16, as more than 255 experts have it, with tokens that have none."""
+    found = []
+    for dtype, none in ((torch.uint8, 255), (torch.int16, -1)):
+        run, made = opened("r3", str(none)), rows()
+        for row in made:
+            experts = row.completion.routed_experts.to(dtype)
+            experts[:3] = none
+            row.completion = replace(row.completion, routed_experts=experts)
+        found.append((scored(run, made), run.learner.agreement))
+    assert all(torch.equal(one, other) for one, other in zip(found[0][0], found[1][0], strict=True)) and found[0][1] == found[1][1]
 
 
 def chosen(gate, logits_TE: torch.Tensor, experts_TK: torch.Tensor):
@@ -276,14 +292,52 @@ def test_samples_of_the_ledger_have_no_experts_and_are_made_again_with_r3(
     assert len(samples) == 16 - reused and all(frame.values["routing_sha256"] for frame in samples)
 
 
-def test_turns_keep_the_experts_that_their_tokens_were_drawn_with() -> None:
-    """Of two turns: the first one's record stands, though the second read its tokens again."""
-    from r1mega.rl.rollouts import _joined
+@dataclass(frozen=True)
+class Twice:
+    """Two turns, with an observation between them."""
 
-    first, second = record(5), record(9).flip(2)
-    joined = _joined(first, second)
-    assert torch.equal(joined[:5], first) and torch.equal(joined[5:], second[5:]) and len(joined) == 9
-    assert _joined(None, first) is first and _joined(first, None) is None
+    max_turns = 2
+
+    def build(self):
+        return self
+
+    def begin(self, problem):
+        told = iter([Step("7"), Step()])
+        return SimpleNamespace(reset=lambda: problem.question, step=lambda said: next(told), close=lambda: None)
+
+
+def test_turns_keep_the_experts_that_their_tokens_were_drawn_with(opened, monkeypatch) -> None:
+    """The second turn's record tells of the first one's tokens again, and otherwise; what was not read before comes from it."""
+    true, told = InProcessEngine.generate, {}
+
+    def two_tokens(self, prompts, sampling, seed):
+        done = []
+        for prompt, one in zip(prompts, true(self, prompts, sampling, seed), strict=True):
+            experts = one.routed_experts[: len(prompt) + 1]
+            if any(len(prompt) > len(earlier) and prompt[: len(earlier)] == list(earlier) for earlier in told):
+                experts = (experts + 1).remainder(8)
+            told[tuple(prompt + one.token_ids[:2])] = experts
+            done.append(
+                replace(one, token_ids=one.token_ids[:2], logprobs=one.logprobs[:2], finish_reason="stop", routed_experts=experts)
+            )
+        return done
+
+    monkeypatch.setattr(InProcessEngine, "generate", two_tokens)
+    run = opened("r3", environment=Twice())
+    run.push()
+    taken = run.take()
+    samples = taken.samples
+    assert len(samples) == 8 and all(sample.turns == 2 and sample.own.count(True) == 4 for sample in samples)
+    for sample in samples:
+        whole = sample.prompt + sample.completion.token_ids
+        first, second = told[tuple(whole[: len(sample.prompt) + 2])], told[tuple(whole)]
+        assert len(second) == len(whole) - 1 > len(first) == len(sample.prompt) + 1
+        record = sample.completion.routed_experts[:, 1].short()
+        assert torch.equal(record[: len(first)], first[:, 1]) and torch.equal(record[len(first) :], second[len(first) :, 1])
+        assert not torch.equal(record, second[:, 1])
+    rows, _ = run.value(taken)
+    run.learner.score(rows)
+    assert 0 < run.learner.agreement[0] < 1
 
 
 def test_the_local_engine_tells_what_its_routers_chose(opened) -> None:
