@@ -105,7 +105,7 @@ class Rollouts:
         """The result of a coroutine in the thread's event loop."""
         try:
             return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-        except BaseException as failures:
+        except BaseExceptionGroup as failures:
             raise first_of(failures) from failures
 
     def look(self, seconds: float | None = None) -> str:

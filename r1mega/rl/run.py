@@ -43,6 +43,7 @@ from r1mega.train.ranges import named_layers
 from r1mega.train.saving import run_saver
 from r1mega.train.trainee import StepResult
 
+PUSH_ATTEMPTS = 3
 AGREE_SECONDS = 2.0
 """Between two looks of several ranks at each other while they wait for rollouts."""
 
@@ -256,23 +257,37 @@ class Run:
             self.rollouts.call(self.engine.wake_weights())
 
     def push(self) -> None:
-        """Hand the weights to the engine and have it prove that it holds them; nothing is sampled meanwhile."""
-        version, failure = self.learner.update_count, ""
+        """Hand the weights to the engine and have it prove that it holds them; nothing is sampled meanwhile.
+
+        A server that dies while it is pushed to is waited for, and everything is pushed again.
+        """
+        version = self.learner.update_count
         with self.timed("push"), self.rollouts.paused() if self.rollouts else nullcontext():
             self.mesh.barrier()
-            tensors = self.policy.published_tensors(everywhere=self._is_local)
-            try:
-                if self.pusher is not None:
-                    self.report = self.pusher.send(tensors, version)
-            except UserError as error:
-                failure = str(error)
-            for _ in tensors:  # the ranks that gather for others, and those that have lost interest
-                pass
+            for attempt in range(PUSH_ATTEMPTS):
+                failure, is_lost = self._send(version)
+                if not self.mesh.broadcast_object(is_lost and attempt + 1 < PUSH_ATTEMPTS):
+                    break
+                if self.mesh.is_first:
+                    self.rollouts.call(self.engine.wait_for_all())
             self.mesh.agree(failure)
             if self.engine is not None:
                 self.engine.version = version
             if self.mesh.is_first:
                 self.rollouts.call(self.engine.wake())
+
+    def _send(self, version: int) -> tuple[str, bool]:
+        """One attempt to push: what failed, and whether a server was lost with it."""
+        failure, is_lost = "", False
+        tensors = self.policy.published_tensors(everywhere=self._is_local)
+        try:
+            if self.pusher is not None:
+                self.report = self.pusher.send(tensors, version)
+        except UserError as error:
+            failure, is_lost = str(error), _is_of_a_death(error)
+        for _ in tensors:  # the ranks that gather for others, and those that have lost interest
+            pass
+        return failure, is_lost
 
     def count(self, taken: Taken, rows: list[RolloutRow], seconds: float) -> None:
         """The rollout is trained on: counted, and written into the ledger as used."""
@@ -376,6 +391,15 @@ class Run:
         yield
         self.mesh.device.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def _is_of_a_death(error: BaseException | None) -> bool:
+    """True where a server that did not answer is behind an error."""
+    while error is not None:
+        if getattr(error, "is_lost", False):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Place:

@@ -80,7 +80,7 @@ class InProcessEngine:
         for places in by_sampling.values():
             prompts, seeds = [requests[place].prompt for place in places], [requests[place].seed for place in places]
             for place, completion in zip(places, self.generate(prompts, requests[places[0]].sampling, seeds), strict=True):
-                done[place] = completion
+                done[place] = dataclasses.replace(completion, versions=((self.version, 0, len(completion.token_ids)),))
         return done
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
