@@ -101,6 +101,13 @@ class RolloutConfig:
     )
     overlong: OverlongConfig = knob(OverlongConfig, "responses near the longest length", "section")
     dynamic_sampling: DynamicSamplingConfig = knob(DynamicSamplingConfig, "groups without anything to learn from", "section")
+    routing_replay: str = knob(
+        "none",
+        "experts that tokens take: r3 the engine's in scoring and updates (engine.routed_experts=true), r2 in updates the "
+        "trainer's own of the scoring pass, none what each pass chooses",
+        "name",
+        **one_of("none", "r2", "r3"),
+    )
     ref_refresh_updates: int = knob(
         400, "updates between copies of the policy into the reference; 0: never", "updates", **at_least(0)
     )

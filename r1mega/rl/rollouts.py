@@ -19,17 +19,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from r1mega.config.errors import UserError
 from r1mega.config.run import SamplingConfig
 from r1mega.data.prompts import PromptStream
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.rl.engine.batcher import Batcher
-from r1mega.rl.engine.contract import Engine, Request, first_of
+from r1mega.rl.engine.contract import Engine, Request, RoutingRefused, first_of
 from r1mega.rl.environment import Environment
 from r1mega.rl.ledger import Frame, Ledger
 from r1mega.rl.reward.runner import RewardRunner
+from r1mega.rl.routing import RoutingShape
 from r1mega.rl.types import Completion, RewardRecord, Sample, Span, without_end
+
+ROUTING_ATTEMPTS = 4
+"""Times that a response is made before the run ends because its experts are not told."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ class Plan:
     """How many: ``share`` groups of ``group_size`` responses a rollout on this rank; ``lag`` rollouts ahead; ``oversample`` times
     as many groups begun as are wanted, of which the first to end are taken and the others go on into the next rollout (1: none, and
     groups are taken in the order of the questions). ``keeps``: is there something to learn from a judged group (dynamic sampling)?
-    ``patience``: groups begun for one that is wanted, at most; then dropped ones fill the rollout up."""
+    ``patience``: groups begun for one that is wanted, at most; then dropped ones fill the rollout up. ``routing``: what the
+    engine's records of experts must be; None: they are not asked for. ``replays``: they are trained with, so that a sample without
+    one, as the ledger gives it back, is of no use."""
 
     share: int
     group_size: int
@@ -47,15 +54,19 @@ class Plan:
     oversample: float = 1.0
     keeps: Callable[[list[Sample]], bool] = lambda group: True
     patience: int = 10
+    routing: RoutingShape | None = None
+    replays: bool = False
 
 
 @dataclass
 class Taken:
-    """What a rollout gets: groups to train on, groups that were judged and dropped, seconds that the trainer waited."""
+    """What a rollout gets: groups to train on, groups that were judged and dropped, seconds that the trainer waited, responses that
+    were refused since the last one because their experts were not told, and made again."""
 
     groups: list[list[Sample]] = field(default_factory=list)
     dropped: list[list[Sample]] = field(default_factory=list)
     waited_seconds: float = 0.0
+    refused: int = 0
 
     @property
     def samples(self) -> list[Sample]:
@@ -82,7 +93,7 @@ class Rollouts:
         self.plan, self.engine, self.environment, self.tokenizer = plan, engine, environment, tokenizer
         self.stream, self.ledger, self.judge, self._encode = stream, ledger, judge, encode
         self.known, self.reused = dict(known or {}), 0
-        self.busy, self.tokens = Busy(), 0
+        self.busy, self.tokens, self._refused = Busy(), 0, 0
         self._pool: dict[int, asyncio.Task[list[Sample]]] = {}
         self._taking: asyncio.Task[Taken] | None = None
         self._judging = Batcher(lambda asked: judge.records([sample.problem for sample, _ in asked], [text for _, text in asked]))
@@ -105,7 +116,12 @@ class Rollouts:
         """The groups of the next rollout; waits for them. Raises what failed in any of the groups."""
         self.call(self._look(None, heed_stale=False))
         taking, self._taking = self._taking, None
-        return taking.result()
+        try:
+            taken = taking.result()
+        except BaseException as failures:
+            raise first_of(failures) from failures
+        taken.refused, self._refused = self._refused, 0
+        return taken
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -183,18 +199,34 @@ class Rollouts:
 
     async def _sample(self, item: int, member: int) -> Sample:
         held = self.known.pop((item, member), None)
-        if held is not None:
+        if held is not None and not self.plan.replays:
             with contextlib.suppress(UserError):  # a damaged frame: made again
                 self.reused += 1
                 return restored(held, self.stream.problem(item))
         with self.busy:
-            sample = await self._episode(item, member)
+            sample = await self._told_episode(item, member)
         text = sample_text(self.tokenizer, sample)
         sample.records = await self._judging.ask((sample, text))
         sample.reward = self.judge.total(sample.problem, sample.records) + sample.environment_reward
         sample.judged = time.time()
         sample.id = self.ledger.write("sample", *recorded(sample))
         return sample
+
+    async def _told_episode(self, item: int, member: int) -> Sample:
+        """An episode with its experts, where they are asked for; one whose experts are not whole is made again, for a few times."""
+        for attempt in range(ROUTING_ATTEMPTS):
+            try:
+                sample = await self._episode(item, member)
+                if self.plan.routing is not None:
+                    made = sample.completion
+                    own = sample.own or [True] * len(made.token_ids)
+                    record = await asyncio.to_thread(self.plan.routing.checked, made.routed_experts, len(sample.prompt), own)
+                    sample.completion = replace(made, routed_experts=record)
+                return sample
+            except RoutingRefused:
+                self._refused += 1
+                if attempt + 1 == ROUTING_ATTEMPTS:
+                    raise
 
     async def _episode(self, item: int, member: int) -> Sample:
         problem, sampling, began = self.stream.problem(item), self.plan.sampling, time.time()
@@ -214,7 +246,7 @@ class Rollouts:
                 tokens += made.token_ids
                 logprobs += made.logprobs
                 own += [True] * len(made.token_ids)
-                reason, routed = made.finish_reason, made.routed_experts
+                reason, routed = made.finish_reason, _joined(routed, made.routed_experts)
                 self.tokens += len(made.token_ids)
                 said = self.tokenizer.decode(without_end(made.token_ids, self.tokenizer.eos_id), skip_special=False)
                 step = await asyncio.to_thread(episode.step, said) if self.environment.max_turns > 1 else episode.step(said)
@@ -309,6 +341,13 @@ def sample_text(tokenizer: Tokenizer, sample: Sample) -> str:
             text += tokenizer.decode(without_end(turn, tokenizer.eos_id), skip_special=False)
             turn = []
     return text
+
+
+def _joined(before: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
+    """A turn's record of experts behind those of the turns before, whose tokens keep the experts that they were drawn with."""
+    if before is None or whole is None:
+        return whole
+    return torch.cat([before, whole[len(before) :]])
 
 
 def _moved(made: Completion, offset: int, version: int) -> list[Span]:

@@ -28,6 +28,7 @@ from r1mega.rl.push import PushReport, PushRuntime
 from r1mega.rl.reward.mix import FAILURES, by_reward, keep_failures, names_of, weights_of, write_failures
 from r1mega.rl.reward.runner import RewardRunner
 from r1mega.rl.rollouts import Judge, Plan, Rollouts, Taken, sample_text
+from r1mega.rl.routing import RoutingShape
 from r1mega.rl.setup import encode_prompts, open_engine, open_policy, open_rewards, open_run_mesh, open_tokenizer, prompt_encoder
 from r1mega.rl.shaping import learnable_groups, overlong_penalties
 from r1mega.rl.types import Sample
@@ -137,6 +138,8 @@ class Run:
             lag=sizes.lag,
             oversample=sizes.oversample,
             patience=wanted.oversampling,
+            routing=RoutingShape.of(self.policy.model_config) if self.learner.hears_engine else None,
+            replays=sizes.routing_replay == "r3",
             **({"keeps": keeps} if wanted.by else {}),
         )
 
@@ -203,7 +206,8 @@ class Run:
             if self.mesh.axes[axis].size > 1:
                 parts = self.mesh.gather_objects(taken, axis)
                 waited = max(part.waited_seconds for part in parts)
-                taken = Taken(sum((part.groups for part in parts), []), sum((part.dropped for part in parts), []), waited)
+                groups, dropped = sum((part.groups for part in parts), []), sum((part.dropped for part in parts), [])
+                taken = Taken(groups, dropped, waited, sum(part.refused for part in parts))
         return taken
 
     def value(self, taken: Taken) -> tuple[list[RolloutRow], dict[str, list[float]]]:
@@ -328,6 +332,8 @@ class Run:
         line |= self.pace.line(self.seconds, self.trained_tokens)
         counted = {"reward_failures": line["reward_failed"] * line["responses"], "engine_deaths": line.get("engine_deaths", 0)}
         self.metrics.count(rollouts=1, samples=line["responses"], **counted)
+        if self.learner.hears_engine:
+            line |= {"routing_agreement": self.learner.agreement, "routing_refused": sum(self.mesh.gather_objects(taken.refused))}
         if self.done % self.sizes.log_every and self.done != self.sizes.rollouts:
             return
         whole = sum(self.seconds.values())

@@ -90,6 +90,22 @@ def test_the_reward_rises(place: Path, home: Home, tmp_path: Path, push: str) ->
     assert home.engine.servers[0].get("/model_info")["weight_version"] == "24", "four updates a rollout, the last one pushed"
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_the_servers_experts_are_replayed(place: Path, home: Home, tmp_path: Path, lag: int) -> None:
+    """Every response has its experts, over interruptions by a push too; under the same weights the trainer's routers choose alike."""
+    settings = config(place, home, tmp_path / "r3", "tensor", rollouts=2, lag=lag, routing_replay="r3")
+    settings.engine = replace(settings.engine, routed_experts=True)
+    rl(settings)
+    told = lines(tmp_path / "r3")
+    assert len(told) == 2 and all(line["routing_refused"] == 0 and line["grad_norm"] > 0 for line in told)
+    for line in told:
+        assert len(line["routing_agreement"]) == 3
+        if line["staleness"] == 0:
+            assert min(line["routing_agreement"]) > 0.99 and line["rollout_diff_max"] < 1e-3
+        else:
+            assert min(line["routing_agreement"]) < 0.99, "two updates of this size move the routers"
+
+
 def test_running_ahead_of_the_trainer(place: Path, home: Home, tmp_path: Path) -> None:
     rl(config(place, home, tmp_path / "ahead", "tensor", rollouts=4, lag=1))
     told = lines(tmp_path / "ahead")
