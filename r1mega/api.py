@@ -73,6 +73,9 @@ COMMANDS: dict[str, Command] = {
     "lineage": Command(
         "r1mega.train.lineage:lineage", "where a checkpoint comes from, each ancestor by its hash", all_ranks=False, saves=False
     ),
+    "autopsy": Command(
+        "r1mega.rl.autopsy.command:autopsy", "why engine and trainer disagreed in a rollout", all_ranks=False, saves=False
+    ),
     "bench": Command("r1mega.testing.measure.run:bench", "ops, a MoE layer or a training step, measured", all_ranks=False),
     "doctor": Command("r1mega.doctor.report:doctor", "what is here and usable, what is missing", all_ranks=False, saves=False),
     "completion": Command(
@@ -295,6 +298,11 @@ def timeline(*overrides: Any) -> Any:
 def lineage(*overrides: Any) -> Any:
     """Where a checkpoint comes from: ``lineage("checkpoint=runs/x")``, or one LineageConfig."""
     return _call("lineage", overrides)
+
+
+def autopsy(*overrides: Any) -> Any:
+    """Why engine and trainer disagreed: ``autopsy("run=runs/x", "step=12")``, or one AutopsyConfig."""
+    return _call("autopsy", overrides)
 
 
 def bench(*overrides: Any) -> Any:

@@ -19,6 +19,7 @@ from r1mega.config.errors import UserError
 from r1mega.config.rl import RlConfig
 from r1mega.data.problems import load_problems
 from r1mega.data.prompts import PromptStream
+from r1mega.rl.autopsy.watch import Watch
 from r1mega.rl.batch import RolloutRow
 from r1mega.rl.environment import Single
 from r1mega.rl.learner import Learner
@@ -107,6 +108,7 @@ class Run:
             )
             stack.callback(self.rollouts.close)
         self.pusher = self._open_push()
+        self._watch = Watch(config, self.learner, self.tokenizer, self._place.writes)
         self.report: PushReport | None = None
         self.metrics = Metrics(self.folder, "rollout", self.sizes.rollouts, self.done, active=mesh.is_first, config=config)
         stack.callback(self.metrics.close)
@@ -233,6 +235,10 @@ class Run:
         failed = [float(any(record.failure for record in sample.records.values())) for sample in samples]
         return rows, {**told, **punished, "reward": rewards, "reward_failed": failed}
 
+    def watch(self, rows: list[RolloutRow]) -> bool:
+        """Are engine and trainer near enough to train on the rollout? See :class:`r1mega.rl.autopsy.watch.Watch`."""
+        return self._watch.look(rows, self.done + 1, self.engine, self.pusher, self._tell)
+
     def shuffled(self, rewards: list[float]) -> list[float]:
         """The rewards of all ranks in another order: this rank's part of it."""
         everyone = [value for part in self.mesh.gather_objects(rewards) for value in part]
@@ -271,8 +277,8 @@ class Run:
             if self.mesh.is_first:
                 self.rollouts.call(self.engine.wake())
 
-    def count(self, taken: Taken, rows: list[RolloutRow], seconds: float) -> None:
-        """The rollout is trained on: counted, and written into the ledger as used."""
+    def count(self, taken: Taken, rows: list[RolloutRow], seconds: float, is_sound: bool = True) -> None:
+        """The rollout is trained on: counted, and written into the ledger as used; as dropped where it is not ``is_sound``."""
         extra = self.state.extra
         extra["rollouts"] += 1
         extra["seconds"] += seconds
@@ -284,7 +290,8 @@ class Run:
         place = {"rollout": self.done, "update": self.learner.update_count, "consumed": self.stream.consumed}
         samples = taken.samples
         about = {"samples": [sample.id for sample in samples], "advantages": [sample.advantage for sample in samples]}
-        self.ledger.write("use", {**place, "items": used, **about})
+        kind, about = ("use", about) if is_sound else ("drop", {"reason": "rl.diff_budget"})
+        self.ledger.write(kind, {**place, "items": used, **about})
         if dropped:
             self.ledger.write("drop", {**place, "items": dropped, "reason": "rl.dynamic_sampling"})
         texts = [sample_text(self.tokenizer, sample) for sample in samples]
@@ -309,7 +316,7 @@ class Run:
         line |= {f"seconds_{name}": value for name, value in self.seconds.items()}
         line["seconds_reward"] = self.rollouts.judge.seconds if self.rollouts else 0.0
         line["idle_share"] = self.seconds.get("rollout", 0.0) / max(whole, 1e-9)
-        line |= self.report.line() if self.report else {}
+        line |= (self.report.line() if self.report else {}) | self._watch.line()
         place = {"update": self.learner.update_count, "rollout": self.done, "lr": self.learner.rate, "tokens": self.state.tokens}
         self.metrics.log({**place, **self.policy.peak_gib(), **line, "expert_load": mean_load(results), **self.saver.metrics()})
 
