@@ -81,15 +81,18 @@ class DiffBudgetConfig:
 
     action: str = knob(
         "warn",
-        "outside the budget: warn (an event, and evidence for r1mega autopsy), skip (also do not train on the rollout), stop; off: no "
-        "look at all",
+        "outside the budget: warn (an event, and evidence for r1mega autopsy), skip (also do not train on the rollout), stop; off: "
+        "no look at all",
         "name",
         **one_of("warn", "skip", "stop", "off"),
     )
     mean: float | None = knob(None, "largest mean absolute difference; null: the format's", "nats", **above(0))
     max: float | None = knob(None, "largest difference of one token; null: the format's", "nats", **above(0))
     kl: float | None = knob(
-        None, "largest mean of exp(d) - 1 - d, d = trainer - engine: KL(engine || trainer) by k3; null: the format's", "nats", **above(0)
+        None,
+        "largest mean of exp(d) - 1 - d, d = trainer - engine: KL(engine || trainer) by k3; null: the format's",
+        "nats",
+        **above(0),
     )
     stale_mean: float | None = knob(
         0.5, "largest mean absolute difference of tokens that older weights drew (lag, oversample); null: any", "nats", **above(0)

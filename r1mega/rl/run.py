@@ -43,7 +43,6 @@ from r1mega.train.ranges import named_layers
 from r1mega.train.saving import run_saver
 from r1mega.train.trainee import StepResult
 
-
 AGREE_SECONDS = 2.0
 """Between two looks of several ranks at each other while they wait for rollouts."""
 

@@ -1,4 +1,4 @@
-"""What a hypothesis is given and what it finds: the rows, the judge, the side that is off, and how much of it something explains."""
+"""What a hypothesis is given and what it finds: rows, judge, the side that is off, and how much of it something explains."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ CONVICTS = 0.9
 
 @dataclass(frozen=True)
 class Finding:
-    """One cause. ``kind``: tokens, sampling, weights, routing, quantisation, staleness, layer or rounding; ``where``: rows, tensors or
-    layers that it names; ``explained``: share of the difference that is gone if it is assumed, at most 1; ``left``: mean difference
+    """One cause. ``kind``: tokens, sampling, weights, routing, quantisation, staleness, layer, decoding or rounding; ``where``: rows,
+    tensors or layers that it names; ``explained``: share of the difference that is gone if it is assumed, at most 1; ``left``: mean difference
     in nats that stays; ``says``: one sentence with the numbers; ``is_certain``: seen, not only fitted."""
 
     kind: str
@@ -36,8 +36,8 @@ class Finding:
 
 @dataclass
 class Case:
-    """``rows``: those that differ most; ``nominal``: the judge's log-probabilities of them; ``side``: "engine" or "trainer", whose are
-    further from the judge's; ``is_exact``: the judge has the rollout's very weights. ``older``: version to published tensors, of
+    """``rows``: those that differ most; ``nominal``: the judge's log-probabilities of them; ``side``: "engine" or "trainer", whose
+    are further from the judge's; ``is_exact``: the judge has the rollout's very weights. ``older``: version to published tensors, of
     the run's earlier checkpoints, read when asked for. ``roles``: published name to its role (linear, bias, plain). ``facts``,
     ``held``, ``sums``: the evidence's. ``passes``: that a search may use."""
 

@@ -85,7 +85,7 @@ def described(
 
 
 def scaled(ours: torch.Tensor, theirs: torch.Tensor) -> float | None:
-    """The factor, other than 1, that makes one of the other up to FP8's rounding, in one block at least; None where there is none."""
+    """The factor, other than 1, that makes one of the other up to FP8's rounding; None where there is none."""
     if ours.ndim != 2:
         return None
     worst = None

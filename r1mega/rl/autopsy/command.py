@@ -186,8 +186,8 @@ class Subject:
         before = [version for version in saves if version <= found.version] or ([0] if 0 in saves else [])
         if not before:
             raise UserError(
-                f"run: the weights of version {found.version}, with the evidence or in a checkpoint; got neither in {self.run}; raise "
-                "rl.diff_budget.weights_bytes, or save more often"
+                f"run: the weights of version {found.version}, with the evidence or in a checkpoint; got neither in {self.run}; "
+                "raise rl.diff_budget.weights_bytes, or save more often"
             )
         made = self._of_checkpoint(saves[max(before)])
         differ = [name for name, digest in found.sums.items() if content_hash(made[name]) != digest]

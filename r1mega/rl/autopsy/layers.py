@@ -48,7 +48,10 @@ def pairs(num_layers: int) -> list[tuple[str, str, bool]]:
             if ours == "self_attention.linear_proj":  # what reaches it is attention's core
                 found.append((native + ours, published + theirs, True))
             found.append((native + ours, published + theirs, False))
-        found += [(native + "mlp.shared_experts", published + "mlp.shared_experts", False), (native + "mlp", published + "mlp", False)]
+        found += [
+            (native + "mlp.shared_experts", published + "mlp.shared_experts", False),
+            (native + "mlp", published + "mlp", False),
+        ]
         found.append((native.rstrip("."), published.rstrip("."), False))
     return [*found, ("decoder.final_layernorm", "model.norm", False)]
 
@@ -66,7 +69,7 @@ def compared(policy: Policy, case: Case, row: Row) -> list[Point]:
             for is_input, value in ((True, inputs), (False, output)):
                 value = value[0] if isinstance(value, tuple) and value else value
                 if isinstance(value, torch.Tensor) and value.ndim == 3:
-                    into[path, is_input] = (value.transpose(0, 1) if turned else value).detach().float().cpu()
+                    into[path, is_input] = (value.transpose(0, 1) if turned else value).detach().float().cpu().clone()
 
         return keep
 
@@ -87,7 +90,9 @@ def compared(policy: Policy, case: Case, row: Row) -> list[Point]:
             continue
         if left.shape != right.shape:
             continue
-        found.append((order[published, is_input], Point(native + (" (input)" if is_input else ""), published, relative(left, right))))
+        found.append(
+            (order[published, is_input], Point(native + (" (input)" if is_input else ""), published, relative(left, right)))
+        )
     return [point for _, point in sorted(found, key=lambda pair: pair[0])]
 
 

@@ -1,6 +1,6 @@
 """A server that still holds the rollout's weights scores the same tokens in one pass. In: a case and its URL. Out: a finding.
 
-Where one pass agrees with the judge and what was reported while decoding does not, it is decoding: the cache, the batch, the kernel.
+Where one pass agrees with the judge and what was reported while decoding does not, it is decoding: cache, batch or kernel.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ def rescored(case: Case, server: Server) -> list[Finding]:
     label = str(server.get("/model_info").get("weight_version"))
     if label != str(case.version):
         raise UserError(
-            f"engine.url: a server with the rollout's weights, version {case.version}; got {label} at {server.url}; push them, or leave "
-            "engine.url out"
+            f"engine.url: a server with the rollout's weights, version {case.version}; got {label} at {server.url}; push them, or "
+            "leave engine.url out"
         )
     values, ours = [], []
-    plain = [logprobs(logits, row, 1.0, with_support=False).cpu() for logits, row in zip(case.judge.logits(case.rows), case.rows, strict=True)]
+    plain = [
+        logprobs(logits, row, 1.0, with_support=False).cpu()
+        for logits, row in zip(case.judge.logits(case.rows), case.rows, strict=True)
+    ]
     for row, own in zip(case.rows, plain, strict=True):
         body = {
             "input_ids": row.prompt + row.tokens,

@@ -47,7 +47,7 @@ def _temperatures(case: Case, logits: list[torch.Tensor]) -> list[Finding]:
         found.append(case.finding("sampling", ("support",), at(own, with_support=False), says))
     if not any(finding.convicts for finding in found):
         best = _least(misfit)
-        says = f"the {case.side} has another temperature, {best:.4g} where {own:g} is due (mean difference {{before}} nats, there {{left}})"
+        says = f"the {case.side} has another temperature, {best:.4g} where {own:g} is due (mean {{before}} nats, there {{left}})"
         found.append(case.finding("sampling", (f"temperature {best:.4g}",), at(best), says))
     return found
 
@@ -76,10 +76,12 @@ def _cuts(case: Case, logits: list[torch.Tensor]) -> list[Finding]:
     if not len(implied) or not bool((implied < 1 - LEAST_LOSS).any()) or bool((implied > 1 + 1e-2).any()):
         return []
     found = []
-    sizes = torch.cat([((mass - value[:, None]).abs().argmin(-1) + 1)[mine] for mass, value, mine in zip(masses, kept, own, strict=True)])
+    sizes = torch.cat(
+        [((mass - value[:, None]).abs().argmin(-1) + 1)[mine] for mass, value, mine in zip(masses, kept, own, strict=True)]
+    )
     for k in sizes.mode().values.view(-1).tolist():
         values = [_renormalised(case, place, mass[:, k - 1]) for place, mass in enumerate(masses)]
-        says = f"the {case.side} renormalises over the {k} likeliest tokens, the other side does not (mean {{before}} nats, so {{left}})"
+        says = f"the {case.side} renormalises over the {k} likeliest tokens, alone (mean {{before}} nats, so {{left}})"
         found.append(case.finding("sampling", (f"top_k {k}",), values, says))
     # The nucleus is the fewest tokens of a probability of at least p, so that p is at most the least that was kept.
     least = float(implied[implied < 1 - LEAST_LOSS].min()) + 1e-6
@@ -89,7 +91,7 @@ def _cuts(case: Case, logits: list[torch.Tensor]) -> list[Finding]:
         for place, mass in enumerate(masses):
             size = (mass < p - 1e-6).sum(-1)
             values.append(_renormalised(case, place, mass.gather(1, size.clamp(max=mass.shape[1] - 1)[:, None])[:, 0]))
-        says = f"the {case.side} renormalises over top-p of {p:.4g}, the other side does not (mean {{before}} nats, so {{left}})"
+        says = f"the {case.side} renormalises over top-p of {p:.4g}, alone (mean {{before}} nats, so {{left}})"
         tried.append(case.finding("sampling", (f"top_p {p:.4g}",), values, says))
     best = min(tried, key=lambda finding: (round(finding.left, 6), len(finding.where[0])))  # the rounder of equals
     return [*found, best]

@@ -1,4 +1,4 @@
-"""Were other ids scored than those that were kept? In: a case. Out: one finding with a repair a row: moved, lost, added or changed."""
+"""Were other ids scored than those that were kept? In: a case. Out: one finding, a repair a row: moved, lost, added or changed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def _repairs(case: Case, place: int, row: Row) -> Iterator[tuple[float, str]]:
         theirs, ours = (seen[:-1], nominal[1:]) if shift == 1 else (seen[1:], nominal[:-1])
         own = row.own_T[:-1] & row.own_T[1:]
         if int(own.sum()) >= LEAST_TOKENS:
-            yield _scaled(theirs - ours, own, row), f"log-probabilities are moved by one place to the {'left' if shift == 1 else 'right'}"
+            yield (
+                _scaled(theirs - ours, own, row),
+                f"log-probabilities are moved by one place to the {'left' if shift == 1 else 'right'}",
+            )
     prompts = {
         "its first prompt token was left out": row.prompt[1:],
         "its first prompt token was there twice": row.prompt[:1] + row.prompt,

@@ -29,8 +29,8 @@ from r1mega.rl.push.hashing import content_hash
 
 @dataclass(frozen=True)
 class Gap:
-    """Of one rollout, over all ranks: ``mean`` and ``max`` |trainer - engine| in nats and ``kl`` (k3) over ``tokens`` of the present
-    weights; ``stale_mean`` over ``stale_tokens`` of older ones."""
+    """Of one rollout, over all ranks: ``mean`` and ``max`` |trainer - engine| in nats and ``kl`` (k3) over ``tokens`` of the
+    present weights; ``stale_mean`` over ``stale_tokens`` of older ones."""
 
     mean: float
     max: float
@@ -113,8 +113,8 @@ def budget_of(config: DiffBudgetConfig, number_format: str) -> Budget:
 
 
 class Watch:
-    """One run's. ``writes``: this rank writes its data rank's evidence. ``gap``: of the last rollout; ``skipped``: rollouts that were
-    not trained on, since this start."""
+    """One run's. ``writes``: this rank writes its data rank's evidence. ``gap``: of the last rollout; ``skipped``: rollouts that
+    were not trained on, since this start."""
 
     def __init__(self, config: RlConfig, learner: Learner, tokenizer: Tokenizer, writes: bool):
         self.config, self.sizes, self.learner, self.policy = config, config.rl.diff_budget, learner, learner.policy
@@ -148,7 +148,11 @@ class Watch:
             raise UserError(f"rl.diff_budget: {self._rule(budget)}; got rollout {rollout}: {told}; see why with {way}")
         is_skipped = self.sizes.action == "skip"
         self.skipped += is_skipped
-        tell("not trained on" if is_skipped else "trained on all the same", rollout, f"{told}; {way if is_kept else 'no evidence kept'}")
+        tell(
+            "not trained on" if is_skipped else "trained on all the same",
+            rollout,
+            f"{told}; {way if is_kept else 'no evidence kept'}",
+        )
         return not is_skipped
 
     def line(self) -> dict[str, float]:

@@ -1,5 +1,5 @@
-"""Does the engine have other weights? First what it says itself, then what its log-probabilities say: a tensor is assumed to be another
-one, and the judge scores again.
+"""Does the engine have other weights? First what it says itself, then what its log-probabilities say: a tensor is assumed to be
+another one, and the judge scores again.
 
 In: a case. Out: findings of the kinds weights, routing, quantisation and staleness. Of L layers with E experts a search takes about
 L E^2 / 2 + 5 passes a matrix; in a large model it first takes a layer as a whole, and ends where the case's passes do.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from r1mega.rl.autopsy.case import Case, Finding
-from r1mega.rl.autopsy.changes import BIAS, EXPERT, Change, described, rounded_fp8, scales_of
+from r1mega.rl.autopsy.changes import EXPERT, Change, described, rounded_fp8, scales_of
 
 LISTED = 4
 WORTH_A_LOOK = 0.05
@@ -43,12 +43,13 @@ def weights_held(case: Case) -> list[Finding]:
     told = [change for change in changes if change.rank == most] or changes
     kind, listed = told[0].kind, "; ".join(dict.fromkeys(change.what for change in told[:LISTED]))
     more = f"; and {len(told) - LISTED} more like these" if len(told) > LISTED else ""
-    others = len(changes) - len(told)
-    rest = f"; {others} more are {'rounded' if all(change.rank == 3 for change in changes if change not in told) else 'others'}"
+    others = [change for change in changes if change not in told]
+    kinds = dict.fromkeys(change.what.removeprefix(change.name).strip() if change.rank == 3 else "another one" for change in others)
+    rest = f"; {len(others)} more: {', '.join(kinds)}" if others else ""
     effect = "with the engine's tensors the judge gives {left}" if is_known else "what it does is not known ({left} nats stay)"
     says = (
         f"the engine does not hold the trainer's weights, in {len(names)} of {case.held.asked} tensors: {listed}{more}"
-        f"{rest if others else ''} (mean difference {{before}} nats, {effect})"
+        f"{rest} (mean difference {{before}} nats, {effect})"
     )
     return [case.finding(kind, [change.name for change in told], values, says, is_certain=True)]
 
@@ -70,11 +71,14 @@ def expert_bias(case: Case) -> list[Finding]:
         bias, layer = case.judge.tensor(name), name.split(".")[2]
         if not bias.any():
             continue
-        for what, made in (("does not add the expert bias", torch.zeros_like(bias)), ("has the expert bias moved by one", bias.roll(1))):
+        for what, made in (
+            ("does not add the expert bias", torch.zeros_like(bias)),
+            ("has the expert bias moved by one", bias.roll(1)),
+        ):
             says = f"the {case.side} {what} in layer {layer} (mean difference {{before}} nats, {{left}} so)"
             found.append(case.finding("routing", (name,), _scored(case, {name: made}), says))
     if len(names) > 1:
-        says = f"the {case.side} does not add the expert bias in any of {len(names)} layers (mean difference {{before}} nats, {{left}} so)"
+        says = f"the {case.side} does not add the expert bias in any of {len(names)} layers (mean {{before}} nats, {{left}} so)"
         none = {name: torch.zeros_like(case.judge.tensor(name)) for name in names}
         found.append(case.finding("routing", names, _scored(case, none), says))
     return _best(found)
@@ -97,7 +101,9 @@ def experts(case: Case) -> list[Finding]:
             for ours, theirs in zip(held[left], held[right], strict=True):
                 swapped |= {ours: case.judge.tensor(theirs).clone(), theirs: case.judge.tensor(ours).clone()}
             layer = prefix.split(".")[2]
-            says = f"experts {left} and {right} of layer {layer} are exchanged in the {case.side} (mean difference {{before}} nats, {{left}} so)"
+            says = (
+                f"experts {left} and {right} of layer {layer} are exchanged in the {case.side} (mean {{before}} nats, {{left}} so)"
+            )
             tried.append(case.finding("routing", (f"{prefix}{left}", f"{prefix}{right}"), _scored(case, swapped), says))
     return _best(tried)
 
@@ -117,7 +123,7 @@ def wrong_scale(case: Case) -> list[Finding]:
     linear = [name for name, role in case.roles.items() if role == "linear" and name in case.judge.places]
     fp8 = {name: rounded_fp8(case.judge.tensor(name)) for name in linear}
     whole = _scored(case, fp8)
-    says = "the {} computes with weights in FP8 (mean difference {{before}} nats, {{left}} with weights so rounded)".format(case.side)
+    says = f"the {case.side} computes with weights in FP8 (mean difference {{before}} nats, {{left}} with weights so rounded)"
     found = [case.finding("quantisation", ("all linear weights",), whole, says)]
     made: list[Finding] = []
     for base, about in (({}, ""), (fp8, ", the others rounded to FP8")):

@@ -66,7 +66,11 @@ def test_ids_of_one_row_are_not_those_that_were_scored(begin, edit: str) -> None
 
     assert rollout(run, rows=spoil)
     cause = told(run)
-    words = {"lost": "is lost before response place 0", "added": "the id at response place 2 was not there", "moved": "moved by one place"}
+    words = {
+        "lost": "is lost before response place 0",
+        "added": "the id at response place 2 was not there",
+        "moved": "moved by one place",
+    }
     assert cause["kind"] == "tokens" and cause["where"] == ("row 3",) and cause["explained"] > 0.9, cause
     assert words.get(edit, "was scored at response place 1") in cause["says"]
 
@@ -94,7 +98,8 @@ def test_the_engine_renormalises(begin, monkeypatch, cut: str) -> None:
     def draw(logits_BV, uniform_B, temperature):
         ordered, order = torch.softmax(logits_BV / temperature, -1).sort(-1, descending=True)
         kept = (ordered.cumsum(-1) - ordered < 0.8) if cut == "top_p" else torch.arange(ordered.shape[1])[None] < 20
-        mask = torch.zeros_like(kept).scatter(1, order, kept.expand_as(ordered))
+        kept = kept.expand_as(ordered)
+        mask = torch.zeros_like(kept, memory_format=torch.contiguous_format).scatter(1, order, kept)
         return true(logits_BV.masked_fill(~mask, float("-inf")), uniform_B, temperature)
 
     monkeypatch.setattr(inprocess, "draw", draw)
