@@ -1,4 +1,4 @@
-"""What a rollout outside its budget leaves behind, and the same read back. In and out: a file a data rank, plain values and tensors.
+"""What a rollout outside its budget leaves behind, and the same read back. In and out: a file a data rank, values and tensors.
 
 ``OUT/autopsy/rollout-N/rank-R.pt``: the responses that differ most and what they were scored by; rank 0's also has the trainer's
 hash of every published tensor, and what the engine held instead where it could be asked. ``weights.pt`` beside it: the trainer's

@@ -101,9 +101,7 @@ def experts(case: Case) -> list[Finding]:
             for ours, theirs in zip(held[left], held[right], strict=True):
                 swapped |= {ours: case.judge.tensor(theirs).clone(), theirs: case.judge.tensor(ours).clone()}
             layer = prefix.split(".")[2]
-            says = (
-                f"experts {left} and {right} of layer {layer} are exchanged in the {case.side} (mean {{before}} nats, {{left}} so)"
-            )
+            says = f"experts {left} and {right} of layer {layer} are exchanged in {case.side} (mean {{before}} nats, {{left}} so)"
             tried.append(case.finding("routing", (f"{prefix}{left}", f"{prefix}{right}"), _scored(case, swapped), says))
     return _best(tried)
 
