@@ -18,8 +18,8 @@ CONVICTS = 0.9
 @dataclass(frozen=True)
 class Finding:
     """One cause. ``kind``: tokens, sampling, weights, routing, quantisation, staleness, layer, decoding or rounding; ``where``: the
-    rows, tensors or layers that it names; ``explained``: share of the difference that is gone if it is assumed, at most 1; ``left``:
-    mean difference in nats that stays; ``says``: one sentence with the numbers; ``is_certain``: seen, not only fitted."""
+    rows, tensors or layers that it names; ``explained``: share of the difference that is gone if it is assumed, at most 1;
+    ``left``: mean difference in nats that stays; ``says``: one sentence with the numbers; ``is_certain``: seen, not only fitted."""
 
     kind: str
     where: tuple[str, ...]
@@ -36,10 +36,10 @@ class Finding:
 
 @dataclass
 class Case:
-    """``rows``: those that differ most; ``nominal``: the judge's log-probabilities of them; ``side``: "engine" or "trainer", whose are
-    further from the judge's; ``is_exact``: the judge has the rollout's very weights. ``older``: version to published tensors, of the
-    run's earlier checkpoints, read when asked for. ``roles``: published name to its role (linear, bias, plain). ``facts``, ``held``,
-    ``sums``: the evidence's. ``passes``: that a search may use."""
+    """``rows``: those that differ most; ``nominal``: the judge's log-probabilities of them; ``side``: "engine" or "trainer", the one
+    that is further from the judge; ``is_exact``: the judge has that rollout's weights. ``older``: version to published tensors,
+    of the run's earlier checkpoints, read when asked for. ``roles``: published name to its role (linear, bias, plain). ``facts``,
+    ``held``, ``sums``: the evidence's. ``passes``: that a search may use."""
 
     rows: list[Row]
     judge: Judge

@@ -73,7 +73,7 @@ def described(
         return Change(name, "weights", f"{name} is all 0", 1)
     factor = scaled(ours, theirs)
     if factor is not None:
-        return Change(name, "quantisation", f"{name} is scaled by {factor:.4g}: a wrong scale", 1)
+        return Change(name, "quantisation", f"{name} is scaled by {factor:.3g}: a wrong scale", 1)
     if ours.ndim == 2 and torch.equal(theirs, ours.bfloat16().float()):
         return Change(name, "rounding", f"{name} is rounded to bf16", 3)
     if ours.ndim == 2 and fits_fp8(ours, theirs):

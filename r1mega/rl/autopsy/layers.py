@@ -68,6 +68,8 @@ def compared(policy: Policy, case: Case, row: Row) -> list[Point]:
         def keep(module, inputs, output) -> None:
             for is_input, value in ((True, inputs), (False, output)):
                 value = value[0] if isinstance(value, tuple) and value else value
+                if isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[1] == 1:
+                    value = value[:, 0]  # transformers' latents, as its cache has them
                 if isinstance(value, torch.Tensor) and value.ndim == 3:
                     into[path, is_input] = (value.transpose(0, 1) if turned else value).detach().float().cpu().clone()
 

@@ -33,17 +33,14 @@ def rounding(case: Case, number_format: str) -> list[Finding]:
 def in_bf16(case: Case) -> float:
     """Mean difference in nats of the judge's log-probabilities in bf16 from those in fp32, on the case's rows."""
     model = case.judge.model
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    gates = [module for module in model.modules() if hasattr(module, "e_score_correction_bias")]
+    weights = {parameter: parameter.data for parameter in model.parameters()}
     try:
-        model.bfloat16()
-        for gate in gates:  # fp32 in every format
-            gate.e_score_correction_bias = gate.e_score_correction_bias.float()
+        for parameter in weights:  # buffers (expert biases, rotary frequencies) are fp32 in every format
+            parameter.data = parameter.data.bfloat16()
         scored = case.judge.score(case.rows)
     finally:
-        model.float()
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(before[name])
+        for parameter, data in weights.items():
+            parameter.data = data
     sums = sum(
         float((ours - theirs)[row.own_T].abs().sum()) for ours, theirs, row in zip(scored, case.nominal, case.rows, strict=True)
     )

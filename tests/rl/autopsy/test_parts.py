@@ -40,7 +40,7 @@ def test_what_became_of_a_tensor() -> None:
         (NAME, weight, rounded_fp8(weight), "quantisation", "rounded to FP8"),
         (NAME, weight, rounded_fp8(weight, power_of_two=True), "quantisation", "rounded to FP8"),
         (NAME, weight, weight.bfloat16(), "rounding", "rounded to bf16"),
-        (NAME, weight, weight + 1e-3 * other, "weights", "0.001 of its norm away"),
+        (NAME, weight, weight + 1e-3 * other, "weights", "of its norm away"),
         (NAME, weight, weight.flip(0), "weights", "in another order"),
         (gate, bias, torch.zeros(8), "routing", "layer 1 is missing"),
         (gate, bias, bias.roll(3), "routing", "layer 1 is permuted"),
