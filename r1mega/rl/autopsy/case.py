@@ -36,8 +36,8 @@ class Finding:
 
 @dataclass
 class Case:
-    """``rows``: those that differ most; ``nominal``: the judge's log-probabilities of them; ``side``: "engine" or "trainer", the one
-    that is further from the judge; ``is_exact``: the judge has that rollout's weights. ``older``: version to published tensors,
+    """``rows``: those that differ most; ``nominal``: the judge's log-probabilities of them; ``side``: "engine" or "trainer", the
+    one that is further from the judge; ``is_exact``: the judge has that rollout's weights. ``older``: version to published tensors,
     of the run's earlier checkpoints, read when asked for. ``roles``: published name to its role (linear, bias, plain). ``facts``,
     ``held``, ``sums``: the evidence's. ``passes``: that a search may use."""
 
