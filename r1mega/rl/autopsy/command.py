@@ -149,7 +149,7 @@ class Subject:
             made += hypothesis(case)
         if case.side == "trainer":
             made += layers.layer(case, self.policy, self.trainer_format)
-        if self.cfg.engine.url:
+        if getattr(self.cfg.engine, "url", None):
             made += live.rescored(case, Server.open(self.cfg.engine.urls()[0], self.cfg.engine.api_key()))
         if not any(_is_cause(finding) for finding in made):
             made += rounding.rounding(case, case.facts["format"])
