@@ -77,6 +77,9 @@ COMMANDS: dict[str, Command] = {
         "r1mega.train.lineage:lineage", "where a checkpoint comes from, each ancestor by its hash", all_ranks=False, saves=False
     ),
     "why": Command("r1mega.report.why:why", "where the tokens of an rl run's rollout came from", all_ranks=False, saves=False),
+    "autopsy": Command(
+        "r1mega.rl.autopsy.command:autopsy", "why engine and trainer disagreed in a rollout", all_ranks=False, saves=False
+    ),
     "bench": Command("r1mega.testing.measure.run:bench", "ops, a MoE layer or a training step, measured", all_ranks=False),
     "doctor": Command("r1mega.doctor.report:doctor", "what is here and usable, what is missing", all_ranks=False, saves=False),
     "completion": Command(
@@ -304,6 +307,11 @@ def lineage(*overrides: Any) -> Any:
 def why(*overrides: Any) -> Any:
     """Where a rollout's tokens came from: ``why("run=runs/x", "step=3")``, or one WhyConfig."""
     return _call("why", overrides)
+
+
+def autopsy(*overrides: Any) -> Any:
+    """Why engine and trainer disagreed: ``autopsy("run=runs/x", "step=12")``, or one AutopsyConfig."""
+    return _call("autopsy", overrides)
 
 
 def bench(*overrides: Any) -> Any:

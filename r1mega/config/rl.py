@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1mega.config.convert import DTYPES, ConversionConfig
-from r1mega.config.knob import REQUIRED, at_least, knob, one_of
+from r1mega.config.knob import REQUIRED, above, at_least, knob, one_of
 from r1mega.config.run import ComputeConfig, SamplingConfig
 from r1mega.config.train import EXPORT_DTYPES, OptimConfig
 
@@ -74,6 +74,37 @@ class DynamicSamplingConfig:
 
 
 @dataclass
+class DiffBudgetConfig:
+    """How far the engine's log-probability of a token may be from the trainer's, over a rollout's tokens that the trainer's present
+    weights drew; and what becomes of a rollout that is further away. Null limits are those of the number format, see
+    :data:`r1mega.rl.autopsy.watch.USUAL`."""
+
+    action: str = knob(
+        "warn",
+        "outside the budget: warn (an event, and evidence for r1mega autopsy), skip (also do not train on the rollout), stop; off: "
+        "no look at all",
+        "name",
+        **one_of("warn", "skip", "stop", "off"),
+    )
+    mean: float | None = knob(None, "largest mean absolute difference; null: the format's", "nats", **above(0))
+    max: float | None = knob(None, "largest difference of one token; null: the format's", "nats", **above(0))
+    kl: float | None = knob(
+        None,
+        "largest mean of exp(d) - 1 - d, d = trainer - engine: KL(engine || trainer) by k3; null: the format's",
+        "nats",
+        **above(0),
+    )
+    stale_mean: float | None = knob(
+        0.5, "largest mean absolute difference of tokens that older weights drew (lag, oversample); null: any", "nats", **above(0)
+    )
+    rows: int = knob(16, "responses kept as evidence by each data rank, those that differ most", "responses", **at_least(1))
+    weights_bytes: int = knob(
+        256 << 20, "the trainer's weights are kept with the evidence where they are no larger; 0: never", "bytes", **at_least(0)
+    )
+    keep: int = knob(4, "rollouts whose evidence a run keeps, the first ones", "rollouts", **at_least(1))
+
+
+@dataclass
 class RolloutConfig:
     """The RL loop's sizes (R1: 32 x 16 an update, 16 updates a rollout, reference reset every 400 updates)."""
 
@@ -118,6 +149,7 @@ class RolloutConfig:
         "name",
         **one_of("skip", "rollback", "stop"),
     )
+    diff_budget: DiffBudgetConfig = knob(DiffBudgetConfig, "how far engine and trainer may differ", "section")
     log_every: int = knob(1, "rollouts between metric lines", "rollouts", **at_least(1))
     save_every: int = knob(0, "rollouts between checkpoints; 0: at the end only", "rollouts", **at_least(0))
     keep_last: int = knob(2, "newest checkpoints kept", "checkpoints", **at_least(1))

@@ -19,7 +19,7 @@ from r1mega.config.convert import ConvertConfig
 from r1mega.config.data import CompareConfig, PrepareConfig, RecipeConfig, ReportConfig
 from r1mega.config.errors import UserError, nearest
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RlConfig
-from r1mega.config.tools import CompletionConfig, DoctorConfig, LineageConfig, TimelineConfig, WhyConfig
+from r1mega.config.tools import AutopsyConfig, CompletionConfig, DoctorConfig, LineageConfig, TimelineConfig, WhyConfig
 from r1mega.config.train import PretrainConfig, SftConfig
 
 SCHEMAS: dict[str, type] = {
@@ -37,6 +37,7 @@ SCHEMAS: dict[str, type] = {
     "timeline": TimelineConfig,
     "lineage": LineageConfig,
     "why": WhyConfig,
+    "autopsy": AutopsyConfig,
     "bench": BenchConfig,
     "doctor": DoctorConfig,
     "completion": CompletionConfig,

@@ -1,4 +1,4 @@
-"""``r1mega doctor``, ``r1mega completion``, ``r1mega timeline``, ``r1mega lineage`` and ``r1mega why``: what they take."""
+"""``r1mega doctor``, ``completion``, ``timeline``, ``lineage``, ``why`` and ``autopsy``: what they take."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from r1mega import registry
 from r1mega.config.knob import REQUIRED, at_least, knob, one_of
-from r1mega.config.run import RunConfig
+from r1mega.config.run import DeviceConfig, RunConfig
 
 
 @dataclass
@@ -98,3 +98,26 @@ class WhyConfig(RunConfig):
     step: int | None = knob(None, "a rollout; null: the lineage of all", "rollout", **at_least(1))
     sample: str | None = knob(None, "a sample's id, as step= shows it", "id")
     json: bool = knob(False, "print one JSON object instead of tables", "bool")
+
+
+@dataclass
+class AutopsyConfig(RunConfig):
+    """``r1mega autopsy``: why engine and trainer disagreed in a rollout of ``r1mega rl``, with the numbers that convict the cause.
+
+    Reads the evidence in ``run/autopsy`` (rl.diff_budget), or the ledger, and the checkpoint of that rollout's weights; judges both
+    sides by transformers' DeepseekV3 in fp32. Exit status 0: a cause is found; 1: the difference is within its budget; 2: none of
+    the causes explains it, or something is missing. Holds the model twice, in the run's format and in fp32. Writes nothing.
+
+    With ``engine=sglang engine.url=URL`` that server scores the same tokens once more; it holds the weights of the rollout.
+    """
+
+    run: str = knob(REQUIRED, "the run's folder", "path")
+    step: int | None = knob(None, "number of the rollout; null: the last one with evidence", "rollouts", **at_least(1))
+    device: DeviceConfig = knob(DeviceConfig, "where both models run", "section")
+    engine: Any = knob(None, "engine.url=URL: a server to ask as well; None in Python: sglang", "choice")
+    passes: int = knob(20_000, "forward passes over the worst responses that the search may take", "passes", **at_least(1))
+    json: bool = knob(False, "print one JSON object instead of sentences", "bool")
+
+    def __post_init__(self) -> None:
+        if self.engine is None:
+            self.engine = registry.lookup("engine", "sglang")()

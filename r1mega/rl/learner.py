@@ -44,7 +44,7 @@ class Learner:
     @property
     def rate(self) -> float:
         """Learning rate of the last update."""
-        return self._rate(self.update_count - 1)
+        return self._rate(max(self.update_count - 1, 0))
 
     def _rate(self, update: int) -> float:
         return learning_rate(self.config.optim, update, self.sizes.rollouts * self.sizes.updates_per_rollout)

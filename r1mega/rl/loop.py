@@ -38,13 +38,14 @@ def turn(run: Run) -> None:
             rows, told = run.value(taken)
         with run.timed("score"):
             run.learner.score(rows)
+            is_sound = run.watch(rows)
         with run.timed("train"):
-            results = run.learner.train(rows, run.done)
+            results = run.learner.train(rows, run.done) if is_sound else []
     run.saver.poll()
     if went_back(run, taken, results):
         return
     run.push()
-    run.count(taken, rows, time.perf_counter() - began)
+    run.count(taken, rows, time.perf_counter() - began, is_sound)
     asked = stop.asked(run.mesh)
     run.save(asked)
     run.log(taken, rows, told, results)

@@ -19,6 +19,7 @@ from r1mega.config.errors import UserError
 from r1mega.config.rl import RlConfig
 from r1mega.data.problems import load_problems
 from r1mega.data.prompts import PromptStream
+from r1mega.rl.autopsy.watch import Watch
 from r1mega.rl.batch import RolloutRow
 from r1mega.rl.environment import Single
 from r1mega.rl.learner import Learner
@@ -109,6 +110,7 @@ class Run:
             stack.callback(self.rollouts.close)
         self.pusher = self._open_push()
         self.pace = Pace(mesh, self.rollouts)
+        self._watch = Watch(config, self.learner, self.tokenizer, self._place.writes)
         self.report: PushReport | None = None
         self.metrics = Metrics(self.folder, "rollout", self.sizes.rollouts, self.done, active=mesh.is_first, config=config)
         stack.callback(self.metrics.close)
@@ -242,6 +244,10 @@ class Run:
         first = sum(len(part[0]) for part in everyone[: self.mesh.data_rank])
         return self.advantages(rewards_PG, counts_PG).flatten().tolist()[first : first + len(rewards)]
 
+    def watch(self, rows: list[RolloutRow]) -> bool:
+        """Are engine and trainer near enough to train on the rollout? See :class:`r1mega.rl.autopsy.watch.Watch`."""
+        return self._watch.look(rows, self.done + 1, self.engine, self.pusher, self._tell)
+
     def shuffled(self, rewards: list[float]) -> list[float]:
         """The rewards of all ranks in another order: this rank's part of it."""
         everyone = [value for part in self.mesh.gather_objects(rewards) for value in part]
@@ -294,8 +300,8 @@ class Run:
             pass
         return failure, is_lost
 
-    def count(self, taken: Taken, rows: list[RolloutRow], seconds: float) -> None:
-        """The rollout is trained on: counted, and written into the ledger as used."""
+    def count(self, taken: Taken, rows: list[RolloutRow], seconds: float, is_sound: bool = True) -> None:
+        """The rollout is trained on: counted, and written into the ledger as used; as dropped where it is not ``is_sound``."""
         extra = self.state.extra
         extra["rollouts"] += 1
         extra["seconds"] += seconds
@@ -308,8 +314,9 @@ class Run:
         place = {"rollout": self.done, "update": self.learner.update_count, "consumed": self.stream.consumed, "time": time.time()}
         samples = taken.samples
         about = {"samples": [sample.id for sample in samples], "advantages": [sample.advantage for sample in samples]}
-        about["updates"] = self.learner.updates_of(len(samples), self.done - 1)
-        self.ledger.write("use", {**place, "seconds": self.seconds, "items": used, **about})
+        about |= {"updates": self.learner.updates_of(len(samples), self.done - 1), "seconds": self.seconds}
+        kind, about = ("use", about) if is_sound else ("drop", {"reason": "rl.diff_budget"})
+        self.ledger.write(kind, {**place, "items": used, **about})
         if dropped:
             self.ledger.write("drop", {**place, "items": dropped, "reason": "rl.dynamic_sampling"})
         texts = [sample_text(self.tokenizer, sample) for sample in samples]
@@ -339,7 +346,7 @@ class Run:
         whole = sum(self.seconds.values())
         line |= {f"seconds_{name}": value for name, value in self.seconds.items()}
         line["idle_share"] = self.seconds.get("rollout", 0.0) / max(whole, 1e-9)
-        line |= self.report.line() if self.report else {}
+        line |= (self.report.line() if self.report else {}) | self._watch.line()
         place = {"update": self.learner.update_count, "rollout": self.done, "lr": self.learner.rate, "tokens": self.state.tokens}
         self.metrics.log({**place, **self.policy.peak_gib(), **line, "expert_load": mean_load(results), **self.saver.metrics()})
 

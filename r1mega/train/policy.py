@@ -178,6 +178,8 @@ class Policy:
     def save(self, saver: Saver, state: TrainState) -> Path:
         """Begin a checkpoint with the whole reference beside the weights; see :meth:`r1mega.train.saving.Saver.begin`."""
         extra = {}
+        if self.trainee.optimizer is not None:
+            self.trainee.allocate_moments()  # where no update has been made so far
         if self._reference is not None:
             with self.as_reference():
                 whole = {name: tensor.cpu().clone() for name, tensor in whole_tensors(self.trainee, everywhere=False)}

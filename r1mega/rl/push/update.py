@@ -122,6 +122,16 @@ class ToServers:
         self.runtime.engine.version = version
         return report
 
+    def wrong_now(self) -> tuple[list[str], dict[str, torch.Tensor], int] | None:
+        """Published tensors that idle servers no longer hold as the last push sent them, what they hold instead (nobody says), and
+        how many parameters were compared; None where that push was not proven by hashes, or a server does not answer."""
+        try:
+            faults = [fault for server in self.runtime.servers() for fault in self.checksums.faults(server)]
+        except (UserError, KeyError, AttributeError):  # no proof by hashes so far, or not of this server
+            return None
+        names = dict.fromkeys(name for fault in faults for name in fault.sources or (fault.name,))
+        return list(names), {}, len(self.table)
+
     def close(self) -> None:
         """See :class:`r1mega.rl.push.contract.Push`."""
         self._memories.clear()

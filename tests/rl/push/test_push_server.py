@@ -205,6 +205,15 @@ def test_what_does_not_come_is_named_before_the_version_is(served, by_tensor):
     assert "comes side by side" in said or "twice" in said
 
 
+def test_what_servers_hold_later_is_compared_with_the_last_push(served):
+    first, second = (TensorPush(bucket_bytes=SMALL, proof="checksum").build(served.runtime) for _ in range(2))
+    assert first.wrong_now() is None, "nothing has been proven"
+    first.send(*served.next())
+    assert first.wrong_now() == ([], {}, len(first.table))
+    second.send(*served.next())
+    assert "lm_head.weight" in first.wrong_now()[0] and second.wrong_now()[0] == []
+
+
 def test_a_half_push_is_refused_until_a_whole_one(served, by_tensor):
     class Broken(Exception):
         pass
