@@ -13,15 +13,22 @@ from r1mega.train.trainee import StepResult
 
 
 def rollout_line(
-    mesh, rows: list[RolloutRow], taken: Taken, judged: dict[str, list[float]], results: list[StepResult], group_size: int, update: int
+    mesh,
+    rows: list[RolloutRow],
+    taken: Taken,
+    judged: dict[str, list[float]],
+    results: list[StepResult],
+    group_size: int,
+    update: int,
 ) -> dict[str, Any]:
     """Means over all responses: rewards by name, lengths, the train/rollout difference; over the updates: loss and what
     :func:`r1mega.rl.loss.stats.summary` says.
 
     ``rollout_diff_mean`` and ``rollout_diff_max``: absolute difference between the engine's and the trainer's log-probability of
     the same token, over the response tokens that the policy drew. ``flat_groups``: share of groups whose rewards are all equal.
-    ``dropped_groups``: groups judged and left out, for one that is trained on. ``staleness``, ``staleness_max``: updates between the
-    weights that a token was drawn from and those before this rollout's first update, ``update``. ``turns``: of an episode.
+    ``dropped_groups``: groups judged and left out, for one that is trained on. ``staleness``, ``staleness_max``: updates between
+    the weights that a token was drawn from and those before this rollout's first update, ``update``. ``turns``: of an episode;
+    ``environment``, ``environment_failed``: an environment's own reward, and the share of episodes that it failed in.
     ``slowest_reward_seconds``: of one call.
     """
     differences = torch.cat([_differences(row) for row in rows] or [torch.zeros(0)])
