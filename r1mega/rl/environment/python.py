@@ -96,7 +96,9 @@ class PythonTool:
     memory_bytes: int = knob(512 << 20, "memory of one call's processes, together", "bytes", **at_least(32 << 20))
     processes: int = knob(16, "processes and threads of one call", "processes", **at_least(1))
     workers: int = knob(8, "calls that run at once on each rank", "calls", **at_least(1))
-    packages: str = knob("", "folder of Python packages that code may import, read-only; empty: the standard library only", "path")
+    packages: str | None = knob(
+        None, "folder of Python packages that code may import, read-only; null: the standard library only", "path"
+    )
     sandbox: str = knob(
         "namespaces",
         "namespaces and a filter of system calls, refused at the start where the machine has none; process: limits only, weaker: "
