@@ -65,7 +65,10 @@ class PrepareConfig(RunConfig):
     )
     sft_careful_share: float = knob(0.5, "share of conversations in the careful style", "1", **between(0, 1))
     sft_from: str | None = knob(
-        None, "problems with responses (rejection sampling) instead of worked solutions: JSONL or Parquet", "path"
+        None,
+        "problems with responses (rejection sampling), or with turns [model's, tool's, ..., model's], instead of worked solutions: "
+        "JSONL or Parquet",
+        "path",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from r1mega import registry
 from r1mega.config.convert import DTYPES, ConversionConfig
 from r1mega.config.knob import REQUIRED, above, at_least, knob, one_of
 from r1mega.config.run import ComputeConfig, SamplingConfig
@@ -139,6 +140,12 @@ class RolloutConfig:
         "name",
         **one_of("none", "r2", "r3"),
     )
+    step_seconds: float = knob(
+        60.0,
+        "longest call of an environment, unless it asks for more; one that takes longer ends its episode alone",
+        "seconds",
+        **above(0),
+    )
     ref_refresh_updates: int = knob(
         400, "updates between copies of the policy into the reference; 0: never", "updates", **at_least(0)
     )
@@ -204,9 +211,18 @@ class EvalConfig(ComputeConfig):
     batch_prompts: int = knob(128, "problems generated at once by one rank", "prompts", **at_least(1))
     sampling: SamplingConfig = knob(SamplingConfig, "how responses are drawn", "section")
     reward: RewardConfig = knob(RewardConfig, "the verifier's limits and options; weights and by_source are not used", "section")
+    verifier: str = knob("accuracy", "reward whose value 1 means correct: a registered one (code, judge), or a dotted path", "name")
+    verifier_by_source: dict[str, str] = knob(
+        {}, "verifiers for the problems of some sources, by shell-style pattern; the first that matches decides", "pattern: name"
+    )
     engine: Any = knob(None, "registered choice: who generates", "choice")
+    environment: Any = knob(None, "registered choice: what answers the policy's turns; None in Python: single", "choice")
+    step_seconds: float = knob(60.0, "longest call of an environment, unless it asks for more", "seconds", **above(0))
     keep: str | None = knob(None, "file for the correct responses as SFT problems (rejection sampling); null: none", "path")
     keep_per_problem: int = knob(1, "most correct responses kept a problem", "responses", **at_least(1))
+
+    def __post_init__(self) -> None:
+        _fill(self)
 
 
 @dataclass
@@ -227,4 +243,14 @@ class ChatConfig(ComputeConfig):
     checkpoint: str = knob(REQUIRED, "checkpoint to talk to", "path")
     sampling: SamplingConfig = knob(SamplingConfig, "how responses are drawn", "section")
     engine: Any = knob(None, "registered choice: who generates", "choice")
+    environment: Any = knob(None, "registered choice: what answers the policy's turns; None in Python: single", "choice")
     prompt: str | None = knob(None, "one question, answered and done; null: questions from the terminal", "text")
+
+    def __post_init__(self) -> None:
+        _fill(self)
+
+
+def _fill(config: EvalConfig | ChatConfig) -> None:
+    """One response is the episode where a config made in Python chooses nothing."""
+    if config.environment is None:
+        config.environment = registry.lookup("environment", "single")()

@@ -125,6 +125,8 @@ def cross_violations(config: Any) -> Iterator[Violation]:
         yield from _schedule(config.optim, updates, "rl.rollouts x rl.updates_per_rollout")
     if isinstance(config, RlConfig | EvalConfig):
         yield from _reward_options(config.reward.options)
+    if isinstance(config, EvalConfig):
+        yield from _verifiers(config)
     if isinstance(config, RlConfig | EvalConfig | ChatConfig | ExportConfig):
         yield from whole_model_violations(config)
     if isinstance(config, ChatConfig) and world_size(config) > 1:
@@ -304,6 +306,13 @@ def _reward_faults(place: str, name: str) -> Iterator[Violation]:
         yield Violation(
             place, "a registered reward", repr(name), hint=f"{nearest(name, known)}use one of {', '.join(sorted(known))}"
         )
+
+
+def _verifiers(config: EvalConfig) -> Iterator[Violation]:
+    """What says whether a response is correct is a reward."""
+    yield from _reward_faults("verifier", config.verifier)
+    for pattern, name in config.verifier_by_source.items():
+        yield from _reward_faults(f"verifier_by_source[{pattern}]", str(name))
 
 
 def _reward_options(options: dict[str, Any]) -> Iterator[Violation]:

@@ -19,7 +19,7 @@ from r1mega.data.problems import Problem, write_problems
 from r1mega.data.split import make_split
 from r1mega.data.text import documents
 from r1mega.data.tokenfile import TokenFileWriter
-from r1mega.data.tokenizer import END_THINK, Tokenizer, copy_tokenizer, encode_sample, load_tokenizer, train_tokenizer
+from r1mega.data.tokenizer import END_THINK, Tokenizer, copy_tokenizer, encode_turns, load_tokenizer, train_tokenizer
 from r1mega.data.worked import Worked, worked_solution
 from r1mega.files.records import read_rows
 
@@ -68,7 +68,7 @@ def prepare(cfg: PrepareConfig) -> dict[str, Any]:
                 f"r1mega.data.worked.careful, use problems with a solution, or set {name}_careful_share=0"
             )
     texts = {name: [w.document(p.question) for p, w in worked[name]] for name in ("worked", "worked_valid")}
-    samples = {name: [(p.question, w.response) for p, w in worked[name]] for name in ("sft", "sft_valid")}
+    samples = {name: [(p.question, [w.response]) for p, w in worked[name]] for name in ("sft", "sft_valid")}
     to_train_on = texts["worked"] or [w.document(p.question) for p, w in worked["sft"]]
     if cfg.sft_from:
         samples["sft"] = _read_responses(cfg.sft_from, max(cfg.sft, 0))
@@ -145,11 +145,11 @@ def _write(path: Path, tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, 
     return _written(writer)
 
 
-def _write_samples(path: Path, tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Write a sample file of (question, response)."""
+def _write_samples(path: Path, tokenizer: Tokenizer, pairs: Iterable[tuple[str, list[str]]]) -> dict[str, Any]:
+    """Write a sample file of (question, turns)."""
     with _writer(path, tokenizer, "samples") as writer:
-        for question, response in pairs:
-            writer.add(*encode_sample(tokenizer, question, response))
+        for question, turns in pairs:
+            writer.add(*encode_turns(tokenizer, question, turns))
     return _written(writer)
 
 
@@ -182,19 +182,27 @@ def _work_out(problems: Iterable[Problem], careful_share: float, seed: int, name
     return pairs
 
 
-def _read_responses(path: str, limit: int) -> list[tuple[str, str]]:
-    """(question, response) of records {question, answer, source, id, response}, in file order; limit 0: all."""
-    pairs: list[tuple[str, str]] = []
+def _read_responses(path: str, limit: int) -> list[tuple[str, list[str]]]:
+    """(question, turns) of records {question, answer, source, id, response} or, with a tool, {..., turns}, in file order; limit 0:
+    all.
+
+    ``turns``: what the model writes and what it reads, in turn. Of them as of a response the model's own part has </think>.
+    """
+    pairs: list[tuple[str, list[str]]] = []
     for where, _, record in read_rows(path):
         if limit and len(pairs) == limit:
             break
-        question, response = record.get("question"), record.get("response")
+        question, turns = record.get("question"), record.get("turns")
         if not isinstance(question, str) or not question.strip():
             raise UserError(f"{where}: a sample has a question; got columns {', '.join(record)}; add it or drop the line")
-        if not isinstance(response, str) or END_THINK not in response:
-            got = repr(response[:40]) if isinstance(response, str) else f"columns {', '.join(record)}"
+        turns = [record.get("response")] if turns is None else turns
+        if not isinstance(turns, list) or len(turns) % 2 == 0:
+            got = f"{len(turns)} turns" if isinstance(turns, list) else repr(turns)[:40]
+            raise UserError(f"{where}: turns are the model's and the tool's in turn, the model's last; got {got}; correct the line")
+        if not all(isinstance(turn, str) for turn in turns) or END_THINK not in "".join(turns[::2]):
+            got = repr(turns[-1][:40]) if isinstance(turns[-1], str) else f"columns {', '.join(record)}"
             raise UserError(f"{where}: a sample has a response with {END_THINK}; got {got}; add it or drop the line")
-        pairs.append((question, response))
+        pairs.append((question, turns))
     if not pairs:
         raise UserError(f"{path}: a file of samples holds at least one; got an empty file; check the stage that wrote it")
     return pairs

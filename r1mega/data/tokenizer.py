@@ -194,6 +194,26 @@ def encode_sample(tokenizer: Tokenizer, question: str, response: str) -> tuple[l
     return [*prompt, *learnt], [0] * len(prompt) + [1] * len(learnt)
 
 
+def encode_observation(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of what a policy reads between two of its turns: ``User text Assistant``; special tokens written out in it are text."""
+    return [tokenizer.token_id(USER), *tokenizer.encode_plain(text), tokenizer.token_id(ASSISTANT)]
+
+
+def encode_turns(tokenizer: Tokenizer, question: str, turns: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Ids of a conversation with a tool, with the mask of what is to be learnt, as RL puts it together.
+
+    turns: what the model writes and what it reads, in turn; an odd number. Returns (ids [L], mask [L]): 1 on what the model writes
+    and on the end of sequence after each of its turns.
+    """
+    ids, mask = encode_sample(tokenizer, question, turns[0])
+    for seen, said in zip(turns[1::2], turns[2::2], strict=True):
+        observation = encode_observation(tokenizer, seen)
+        learnt = [*tokenizer.encode(said), tokenizer.eos_id]
+        ids += observation + learnt
+        mask += [0] * len(observation) + [1] * len(learnt)
+    return ids, mask
+
+
 def make_response(reasoning: str, answer: str) -> str:
     """``reasoning</think><answer>ANSWER</answer>``: what a model writes after the prompt."""
     return f"{reasoning}{END_THINK}{ANSWER}{answer}{END_ANSWER}"

@@ -1,18 +1,21 @@
-"""``r1mega chat``: ask a checkpoint on the terminal, each question by itself; the thinking is shown dimmed, the answer plain."""
+"""``r1mega chat``: ask a checkpoint on the terminal, each question by itself; the thinking is shown dimmed, the answer plain.
+
+With an environment its results stand where the model read them.
+"""
 
 from __future__ import annotations
 
 import random
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from r1mega.config.errors import UserError
 from r1mega.config.rl import ChatConfig
+from r1mega.data.problems import Problem
 from r1mega.data.tokenizer import encode_prompt
-from r1mega.rl.engine import Request, generate
-from r1mega.rl.setup import open_policy, open_run_mesh, open_tokenizer, serving
+from r1mega.rl.environment.play import Player, play_all
+from r1mega.rl.setup import open_environment, open_policy, open_run_mesh, open_tokenizer, serving
 from r1mega.train import checkpoint
 
 
@@ -23,24 +26,27 @@ def chat(config: ChatConfig) -> dict[str, Any]:
         raise UserError(f"launch.processes: a conversation has one process; got {mesh.world_size}; use launch.processes=1")
     init = checkpoint.resolve(config.checkpoint)
     tokenizer = open_tokenizer(init)
+    environment, name = open_environment(config.environment)
     policy = open_policy(config, init, mesh, None, {})
     text = ""
-    with serving(config.engine, policy, tokenizer, Path(config.out)) as engine:
+    context = policy.model_config.max_position_embeddings
+    with (
+        serving(config.engine, policy, tokenizer, Path(config.out)) as engine,
+        Player(environment, engine, tokenizer, config.sampling, context, name=name) as player,
+    ):
         for number, question in enumerate(_questions(config.prompt)):
             seed = random.Random(f"{config.seed}:chat:{number}").getrandbits(62)
             prompt = encode_prompt(tokenizer, question)
-            context = policy.model_config.max_position_embeddings
-            room = context - len(prompt)
-            if room < 1:
+            if len(prompt) >= context:
                 raise UserError(f"question: it fits the model's {context} tokens; got {len(prompt)}; shorten it")
-            sampling = replace(config.sampling, max_new_tokens=min(config.sampling.max_new_tokens, room))
-            (completion,) = generate(engine, [Request(prompt, sampling, seed)])
-            text = tokenizer.decode(completion.token_ids)
+            (played,) = play_all(player, [Problem("chat", question, "", "chat")], [seed])
+            text = tokenizer.decode(played.completion.token_ids)
             print(_shown(text, sys.stdout.isatty()), flush=True)
-            if completion.finish_reason == "length":
-                print(
-                    f"(cut off after {sampling.max_new_tokens} tokens: sampling.max_new_tokens, or the model's context)", flush=True
-                )
+            if played.completion.finish_reason == "length":
+                count = len(played.completion.token_ids)
+                print(f"(cut off after {count} tokens: sampling.max_new_tokens, or the model's context)", flush=True)
+            if played.failure:
+                print(f"({played.failure})", flush=True)
     return {"text": text}
 
 

@@ -1,7 +1,9 @@
 """``r1mega eval``: pass@1 over k samples a problem, with its standard error; also keeps correct responses (rejection sampling).
 
-pass@1 is the mean over problems of the share of correct samples (R1 3.7); the standard error is that of this mean over problems.
-Ranks share the problems. What is drawn depends on the seed, on ``batch_prompts`` and on how many ranks there are, on nothing else.
+A sample is an episode; ``verifier`` says whether it is correct: of a conversation with a tool it sees what the model wrote, and the
+answer is that of the last turn. pass@1 is the mean over problems of the share of correct samples (R1 3.7); the standard error is
+that of this mean over problems. Ranks share the problems. What is drawn depends on the seed, on ``batch_prompts`` and on how many
+ranks there are, on nothing else.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +21,19 @@ from tqdm import tqdm
 
 from r1mega.config.rl import EvalConfig
 from r1mega.data.problems import Problem, load_problems
-from r1mega.rl.engine import Request, generate
+from r1mega.rl.environment.play import Played, Player, play_all
+from r1mega.rl.reward.mix import weights_of
 from r1mega.rl.reward.runner import RewardRunner
 from r1mega.rl.setup import (
     encode_prompts,
+    open_environment,
     open_policy,
     open_rewards,
     open_run_mesh,
     open_tokenizer,
-    response_text,
     serving,
 )
+from r1mega.rl.types import RewardRecord
 from r1mega.train import checkpoint
 
 EXAMPLES = 20
@@ -40,19 +46,23 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     began = time.perf_counter()
     init = checkpoint.resolve(config.checkpoint)
     tokenizer = open_tokenizer(init)
+    environment, name = open_environment(config.environment)
     problems = load_problems(config.data.problems, limit=config.data.limit)
     policy = open_policy(config, init, mesh, None, {})
-    encoded = encode_prompts(tokenizer, problems, config.sampling.max_new_tokens, policy.model_config.max_position_embeddings)
-    numbered = list(zip(range(len(problems)), problems, encoded, strict=True))[mesh.data_rank :: mesh.data_size]
+    context = policy.model_config.max_position_embeddings
+    encode_prompts(tokenizer, problems, config.sampling.max_new_tokens, context)  # refuses before anything is generated
+    numbered = list(enumerate(problems))[mesh.data_rank :: mesh.data_size]
+    weights, by_source = verifiers(config)
     results: list[dict[str, Any]] = []
     with (
         serving(config.engine, policy, tokenizer, Path(config.out)) as engine,
-        open_rewards(config.reward, {"accuracy": 1.0, "format": 1.0}, by_source={}) as rewards,
+        Player(environment, engine, tokenizer, config.sampling, context, config.step_seconds, name) as player,
+        open_rewards(config.reward, weights, by_source) as rewards,
         tqdm(total=len(numbered), unit="problem", desc=Path(config.out).name, disable=not mesh.is_first, mininterval=1.0) as bar,
     ):
         for start in range(0, len(numbered), config.batch_prompts):
             part = numbered[start : start + config.batch_prompts]
-            results += _answer(config, part, tokenizer, engine, rewards)
+            results += _answer(config, part, player, rewards)
             bar.update(len(part))
     merged = sorted((entry for part in mesh.gather_objects(results) for entry in part), key=lambda entry: entry["index"])
     summary = summarise(merged, config)
@@ -60,6 +70,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if mesh.is_first:
         if summary["reward_failed"]:
             print(f"eval: {summary['reward_failed']:.1%} of the verifier's calls failed, counted wrong; see reward.timeout_seconds")
+        if summary["environment_failed"]:
+            why = next(r["environment_failure"] for entry in merged for r in entry["responses"] if r.get("environment_failure"))
+            print(f"eval: the environment failed in {summary['environment_failed']:.1%} of the episodes: {why}", file=sys.stderr)
         if config.keep:
             summary["kept"] = keep_correct(merged, problems, Path(config.keep), config.keep_per_problem, config.seed)
         folder = Path(config.out)
@@ -71,29 +84,45 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     return mesh.broadcast_object(summary)
 
 
-def _answer(config: EvalConfig, part: list[tuple[int, Problem]], tokenizer, engine, rewards: RewardRunner) -> list[dict[str, Any]]:
+def verifiers(config: EvalConfig) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Weights and weights by source of the rewards that are asked: the verifier's 1, and the format's 0."""
+    weights = {name: {"format": 0.0, name: 1.0} for name in (config.verifier, *config.verifier_by_source.values())}
+    return weights[config.verifier], {pattern: weights[name] for pattern, name in config.verifier_by_source.items()}
+
+
+def _answer(config: EvalConfig, part: list[tuple[int, Problem]], player: Player, rewards: RewardRunner) -> list[dict[str, Any]]:
     """All samples of a few problems, judged. The draw of a batch depends on the seed and its first problem alone."""
-    prompts = [prompt for *_, prompt in part for _ in range(config.samples)]
+    asked = [problem for _, problem in part for _ in range(config.samples)]
     draw = random.Random(f"{config.seed}:eval:{part[0][0]}")
-    completions = generate(engine, [Request(prompt, config.sampling, draw.getrandbits(62)) for prompt in prompts])
-    texts = [response_text(tokenizer, completion) for completion in completions]
-    records = rewards.score([problem for _, problem, _ in part for _ in range(config.samples)], texts)
-    entries = []
-    for slot, (index, problem, _) in enumerate(part):
-        mine = range(slot * config.samples, (slot + 1) * config.samples)
-        responses = [
-            {
-                "text": texts[n],
-                "correct": records[n]["accuracy"].value >= 1.0,
-                "well_formed": records[n]["format"].value >= 1.0,
-                "tokens": len(completions[n].token_ids),
-                "truncated": completions[n].finish_reason == "length",
-                "failed": any(record.failure for record in records[n].values()),
-            }
-            for n in mine
-        ]
-        entries.append({"index": index, "question": problem.question, "answer": problem.answer, "responses": responses})
-    return entries
+    episodes = play_all(player, asked, [draw.getrandbits(62) for _ in asked])
+    records = rewards.score(asked, [played.said for played in episodes])
+    judged = [_response(config, *each) for each in zip(asked, episodes, records, strict=True)]
+    return [
+        {
+            "index": index,
+            "question": problem.question,
+            "answer": problem.answer,
+            "responses": judged[start : start + config.samples],
+        }
+        for (index, problem), start in zip(part, range(0, len(judged), config.samples), strict=True)
+    ]
+
+
+def _response(config: EvalConfig, problem: Problem, played: Played, records: Mapping[str, RewardRecord]) -> dict[str, Any]:
+    """A sample as it is counted and kept."""
+    weights, by_source = verifiers(config)
+    (verifier,) = (name for name, weight in weights_of(problem.source, weights, by_source).items() if weight)
+    found = {
+        "text": played.said,
+        "correct": records[verifier].value >= 1.0,
+        "well_formed": records["format"].value >= 1.0,
+        "tokens": len(played.completion.token_ids),
+        "truncated": played.completion.finish_reason == "length",
+        "failed": any(record.failure for record in records.values()),
+    }
+    if played.turns > 1 or played.failure:
+        found |= {"turns": played.texts, "environment_failure": played.failure}
+    return found
 
 
 def summarise(entries: list[dict[str, Any]], config: EvalConfig) -> dict[str, Any]:
@@ -108,6 +137,9 @@ def summarise(entries: list[dict[str, Any]], config: EvalConfig) -> dict[str, An
         "response_length": statistics.fmean(response["tokens"] for response in responses),
         "truncated": statistics.fmean(response["truncated"] for response in responses),
         "reward_failed": statistics.fmean(response["failed"] for response in responses),
+        "verifier": config.verifier,
+        "turns": statistics.fmean(len(response.get("turns", "1")[::2]) for response in responses),
+        "environment_failed": statistics.fmean(bool(response.get("environment_failure")) for response in responses),
         "num_problems": len(entries),
         "samples": config.samples,
         "temperature": config.sampling.temperature,
@@ -116,15 +148,20 @@ def summarise(entries: list[dict[str, Any]], config: EvalConfig) -> dict[str, An
 
 
 def keep_correct(entries: list[dict[str, Any]], problems: list[Problem], target: Path, per_problem: int, seed: int) -> int:
-    """Rejection sampling (R1 2.3.3): distinct correct, well-formed responses as JSONL for ``prepare sft_from``; their number."""
+    """Rejection sampling (R1 2.3.3): distinct correct, well-formed responses as JSONL for ``prepare sft_from``; their number.
+
+    One with a tool has its ``turns`` beside the text.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     kept = 0
     with target.open("w") as file:
         for entry in entries:
             problem = problems[entry["index"]]
-            texts = sorted({r["text"] for r in entry["responses"] if r["correct"] and r["well_formed"]})
+            good = [r for r in entry["responses"] if r["correct"] and r["well_formed"] and not r.get("environment_failure")]
+            turns = {r["text"]: {"turns": r["turns"]} if "turns" in r else {} for r in good}
+            texts = sorted(turns)
             for text in random.Random(f"{seed}:keep:{entry['index']}").sample(texts, min(per_problem, len(texts))):
                 record = {"id": problem.id, "question": problem.question, "answer": problem.answer, "source": problem.source}
-                file.write(json.dumps({**record, "response": text}) + "\n")
+                file.write(json.dumps({**record, "response": text, **turns[text]}) + "\n")
                 kept += 1
     return kept

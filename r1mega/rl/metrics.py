@@ -30,7 +30,8 @@ def rollout_line(
     ``rollout_diff_mean`` and ``rollout_diff_max``: absolute difference between the engine's and the trainer's log-probability of
     the same token, over the response tokens that the policy drew. ``flat_groups``: share of groups whose rewards are all equal.
     ``dropped_groups``: groups judged and left out, for one that is trained on. ``staleness``, ``staleness_max``: updates between
-    the weights that a token was drawn from and those before this rollout's first update, ``update``. ``turns``: of an episode.
+    the weights that a token was drawn from and those before this rollout's first update, ``update``. ``turns``: of an episode;
+    ``environment``, ``environment_failed``: an environment's own reward, and the share of episodes that it failed in.
     ``slowest_reward_seconds``: of one call. ``response_length_max``: of one response; ``responses``: how many there are.
     """
     differences = torch.cat([_differences(row) for row in rows] or [torch.zeros(0)])

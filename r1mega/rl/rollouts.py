@@ -1,9 +1,9 @@
 """Where samples come from: questions become groups of judged responses, in a thread of their own beside the training.
 
-One rank's part: its share of the questions, through the engine, an environment and the judges, into the ledger. How far it may run
-ahead is bounded: while the trainer makes rollout n, at most the groups of rollouts n to n + ``lag`` are in the making, so that a
-response is begun from weights at most ``lag`` pushes old. Pushes interrupt: what runs keeps its tokens and goes on under the new
-weights. A sample that the ledger has from before a crash is not made again.
+One rank's part: its share of the questions, through episodes (:mod:`r1mega.rl.environment.play`) and the judges, into the ledger.
+How far it may run ahead is bounded: while the trainer makes rollout n, at most the groups of rollouts n to n + ``lag`` are in the
+making, so that a response is begun from weights at most ``lag`` pushes old. Pushes interrupt: what runs keeps its tokens and goes
+on under the new weights. A sample that the ledger has from before a crash is not made again.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from r1mega.config.errors import UserError
 from r1mega.config.run import SamplingConfig
 from r1mega.data.prompts import PromptStream
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.rl.engine.batcher import Batcher
-from r1mega.rl.engine.contract import Engine, Request, RoutingRefused, first_of
-from r1mega.rl.environment import Environment
+from r1mega.rl.engine.contract import RoutingRefused, first_of
+from r1mega.rl.environment.play import Player
 from r1mega.rl.ledger import Frame, Ledger
 from r1mega.rl.reward.runner import RewardRunner
 from r1mega.rl.routing import RoutingShape
-from r1mega.rl.types import Completion, RewardRecord, Sample, Span, without_end
+from r1mega.rl.types import Completion, RewardRecord, Sample, without_end
 
 ROUTING_ATTEMPTS = 4
 """Times that a response is made before the run ends because its experts are not told."""
@@ -81,17 +80,14 @@ class Rollouts:
     def __init__(
         self,
         plan: Plan,
-        engine: Engine,
-        environment: Environment,
-        tokenizer: Tokenizer,
+        player: Player,
         judge: Judge,
         stream: PromptStream,
         ledger: Ledger,
-        encode: Callable[[str], list[int]],
         known: Mapping[tuple[int, int], Frame] | None = None,
     ):
-        self.plan, self.engine, self.environment, self.tokenizer = plan, engine, environment, tokenizer
-        self.stream, self.ledger, self.judge, self._encode = stream, ledger, judge, encode
+        self.plan, self.player, self.engine, self.tokenizer = plan, player, player.engine, player.tokenizer
+        self.stream, self.ledger, self.judge = stream, ledger, judge
         self.known, self.reused = dict(known or {}), 0
         self.busy, self.tokens, self._refused = Busy(), 0, 0
         self._pool: dict[int, asyncio.Task[list[Sample]]] = {}
@@ -145,6 +141,7 @@ class Rollouts:
                 self.call(self._abandon())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=30)
+        self.player.close()
 
     async def _look(self, seconds: float | None, *, heed_stale: bool = True) -> str:
         if self._taking is None:
@@ -229,46 +226,19 @@ class Rollouts:
                     raise
 
     async def _episode(self, item: int, member: int) -> Sample:
-        problem, sampling, began = self.stream.problem(item), self.plan.sampling, time.time()
-        episode = self.environment.begin(problem)
-        try:
-            prompt = self._encode(episode.reset())
-            tokens, logprobs, own, spans, reward, reason = [], [], [], [], 0.0, "length"
-            routed = None
-            for turn in range(self.environment.max_turns):
-                room = sampling.max_new_tokens - len(tokens)
-                if room <= 0:
-                    reason = "length"
-                    break
-                asked = Request(prompt + tokens, replace(sampling, max_new_tokens=room), self._seed(item, member, turn))
-                made = await self.engine.complete(asked)
-                spans += _moved(made, len(tokens), self.engine.version)
-                tokens += made.token_ids
-                logprobs += made.logprobs
-                own += [True] * len(made.token_ids)
-                reason, routed = made.finish_reason, _joined(routed, made.routed_experts)
-                self.tokens += len(made.token_ids)
-                said = self.tokenizer.decode(without_end(made.token_ids, self.tokenizer.eos_id), skip_special=False)
-                step = await asyncio.to_thread(episode.step, said) if self.environment.max_turns > 1 else episode.step(said)
-                reward += step.reward
-                if step.observation is None or reason == "length":
-                    break
-                seen = self.tokenizer.encode_plain(step.observation)[: sampling.max_new_tokens - len(tokens)]
-                tokens += seen
-                logprobs += [0.0] * len(seen)
-                own += [False] * len(seen)
-        finally:
-            episode.close()
-        completion = Completion(tokens, logprobs, reason, tuple(spans), routed)
+        problem, began = self.stream.problem(item), time.time()
+        played = await self.player.play(problem, lambda turn: self._seed(item, member, turn))
+        self.tokens += played.num_drawn
         return Sample(
             item=item,
             member=member,
             problem=problem,
-            prompt=prompt,
-            completion=completion,
-            own=None if all(own) else own,
-            turns=turn + 1,
-            environment_reward=reward,
+            prompt=played.prompt,
+            completion=played.completion,
+            own=played.own,
+            turns=played.turns,
+            environment_reward=played.reward,
+            environment_failure=played.failure,
             began=began,
             generated=time.time(),
         )
@@ -343,19 +313,6 @@ def sample_text(tokenizer: Tokenizer, sample: Sample) -> str:
     return text
 
 
-def _joined(before: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
-    """A turn's record of experts behind those of the turns before, whose tokens keep the experts that they were drawn with."""
-    if before is None or whole is None:
-        return whole
-    return torch.cat([before, whole[len(before) :]])
-
-
-def _moved(made: Completion, offset: int, version: int) -> list[Span]:
-    """The completion's spans, ``offset`` tokens further on."""
-    spans = made.versions or ((version, 0, len(made.token_ids)),)
-    return [(number, start + offset, end + offset) for number, start, end in spans]
-
-
 def recorded(sample: Sample) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A sample as the ledger keeps it. Routing is kept as its hash: it is as large as the rest many times over."""
     made = sample.completion
@@ -372,6 +329,7 @@ def recorded(sample: Sample) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         "routing_sha256": hashlib.sha256(routing.numpy().tobytes()).hexdigest()[:16] if routing is not None else None,
         "rewards": {name: [record.value, record.seconds, record.failure, record.note] for name, record in sample.records.items()},
         "environment_reward": sample.environment_reward,
+        "environment_failure": sample.environment_failure,
         "reward": sample.reward,
         "began": sample.began,
         "generated": sample.generated,
@@ -406,6 +364,7 @@ def restored(frame: Frame, problem: Any) -> Sample:
         turns=values["turns"],
         records={name: RewardRecord(*record) for name, record in values["rewards"].items()},
         environment_reward=values["environment_reward"],
+        environment_failure=values.get("environment_failure", ""),
         reward=values["reward"],
         began=values["began"],
         generated=values["generated"],

@@ -22,6 +22,7 @@ from r1mega.data.prompts import PromptStream
 from r1mega.rl.autopsy.watch import Watch
 from r1mega.rl.batch import RolloutRow
 from r1mega.rl.environment import Single
+from r1mega.rl.environment.play import Player
 from r1mega.rl.learner import Learner
 from r1mega.rl.ledger import FOLDER, Frame, History, Ledger, next_start
 from r1mega.rl.metrics import Pace, mean_load, rollout_line, source_line
@@ -30,7 +31,7 @@ from r1mega.rl.reward.mix import FAILURES, by_reward, keep_failures, names_of, w
 from r1mega.rl.reward.runner import RewardRunner
 from r1mega.rl.rollouts import Judge, Plan, Rollouts, Taken, sample_text
 from r1mega.rl.routing import RoutingShape
-from r1mega.rl.setup import encode_prompts, open_engine, open_policy, open_rewards, open_run_mesh, open_tokenizer, prompt_encoder
+from r1mega.rl.setup import encode_prompts, open_engine, open_environment, open_policy, open_rewards, open_run_mesh, open_tokenizer
 from r1mega.rl.shaping import learnable_groups, overlong_penalties
 from r1mega.rl.types import Sample
 from r1mega.train import checkpoint, stop
@@ -77,6 +78,7 @@ class Run:
             checkpoint.clear(self.checkpoints)
         mesh.barrier()
         self.tokenizer = open_tokenizer(init)
+        environment, environment_name = open_environment(config.environment)
         lineage = Lineage.begin("rl", config.name, init)
         self.saver = run_saver(config, self.sizes, mesh, lineage, str(self.tokenizer.path), self._tell)
         self.policy = open_policy(config, init, mesh, config.optim, config.model, config.teacher)
@@ -103,15 +105,15 @@ class Run:
         if self.engine is not None:
             stack.callback(self.engine.close)
             judge = Judge(rewards, lambda source: weights_of(source, config.reward.weights, config.reward.by_source))
-            environment, encode = config.environment.build(), prompt_encoder(self.tokenizer)
-            self.rollouts = Rollouts(
-                self._plan(), self.engine, environment, self.tokenizer, judge, self.stream, self.ledger, encode, known
-            )
+            sampling, seconds = self.sizes.sampling, self.sizes.step_seconds
+            player = Player(environment, self.engine, self.tokenizer, sampling, context, seconds, environment_name)
+            self.rollouts = Rollouts(self._plan(), player, judge, self.stream, self.ledger, known)
             stack.callback(self.rollouts.close)
         self.pusher = self._open_push()
         self.pace = Pace(mesh, self.rollouts)
         self._watch = Watch(config, self.learner, self.tokenizer, self._place.writes)
         self.report: PushReport | None = None
+        self._environment_failed = False
         self.metrics = Metrics(self.folder, "rollout", self.sizes.rollouts, self.done, active=mesh.is_first, config=config)
         stack.callback(self.metrics.close)
         self._forget_failures()
@@ -230,6 +232,8 @@ class Run:
         told = by_reward([sample.records for sample in samples], names, self.mesh.gather_objects)
         if not isinstance(self.config.environment, Single):
             told["environment"] = [sample.environment_reward for sample in samples]
+            told["environment_failed"] = [float(bool(sample.environment_failure)) for sample in samples]
+            self._tell_of_failures(samples)
         punished = {"overlong": shaped} if sizes.overlong.cache_tokens else {}
         failed = [float(any(record.failure for record in sample.records.values())) for sample in samples]
         return rows, {**told, **punished, "reward": rewards, "reward_failed": failed}
@@ -247,6 +251,14 @@ class Run:
     def watch(self, rows: list[RolloutRow]) -> bool:
         """Are engine and trainer near enough to train on the rollout? See :class:`r1mega.rl.autopsy.watch.Watch`."""
         return self._watch.look(rows, self.done + 1, self.engine, self.pusher, self._tell)
+
+    def _tell_of_failures(self, samples: list[Sample]) -> None:
+        """The first failure of the environment in this start is told with its name; the others are counted."""
+        mine = next((sample.environment_failure for sample in samples if sample.environment_failure), "")
+        failures = [failure for failure in self.mesh.gather_objects(mine) if failure]
+        if failures and not self._environment_failed:
+            self._environment_failed = True
+            self.metrics.event("the environment failed; environment_failed counts such episodes", self.done + 1, failures[0])
 
     def shuffled(self, rewards: list[float]) -> list[float]:
         """The rewards of all ranks in another order: this rank's part of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +17,11 @@ from r1mega.data.problems import Problem
 from r1mega.data.tokenizer import Tokenizer, encode_prompt, load_tokenizer
 from r1mega.device import open_device
 from r1mega.mesh import Mesh, open_mesh
-from r1mega.registry import lookup
+from r1mega.registry import lookup, name_of
 from r1mega.rl.engine import Engine, EngineRuntime
+from r1mega.rl.environment import Environment, Single
 from r1mega.rl.push import AutoPush, PushRuntime
 from r1mega.rl.reward.runner import RewardRunner
-from r1mega.rl.types import Completion, without_end
 from r1mega.train.manifest import tokenizer_of, tuned_model
 from r1mega.train.policy import Policy
 
@@ -101,9 +101,26 @@ def serving(choice: Any, policy: Policy, tokenizer: Tokenizer, folder: Path) -> 
         engine.close()
 
 
-def prompt_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """A question to the ids of the prompt that asks it."""
-    return lambda question: encode_prompt(tokenizer, question)
+def open_environment(choice: Any) -> tuple[Environment, str]:
+    """The chosen environment (None: ``single``), and what a failure calls it.
+
+    Raises UserError where it is none, or lacks something on this machine.
+    """
+    choice = Single() if choice is None else choice
+    name = f"environment={name_of('environment', choice)}"
+    if hasattr(choice, "check"):
+        choice.check()
+    environment = choice.build()
+    if (
+        not isinstance(getattr(environment, "max_turns", None), int)
+        or environment.max_turns < 1
+        or not hasattr(environment, "begin")
+    ):
+        raise UserError(
+            f"{name}: builds an environment with begin and max_turns of at least 1; got {type(environment).__name__}; see "
+            "r1mega.rl.environment.contract"
+        )
+    return environment, name
 
 
 def encode_prompts(tokenizer: Tokenizer, problems: Sequence[Problem], max_new_tokens: int, context: int) -> list[list[int]]:
@@ -116,11 +133,6 @@ def encode_prompts(tokenizer: Tokenizer, problems: Sequence[Problem], max_new_to
                 f"drop the problem or use sampling.max_new_tokens={max(context - len(prompt), 1)}"
             )
     return prompts
-
-
-def response_text(tokenizer: Tokenizer, completion: Completion) -> str:
-    """What a reward judges: the response without its end token; other special tokens are written out, so that none is missed."""
-    return tokenizer.decode(without_end(completion.token_ids, tokenizer.eos_id), skip_special=False)
 
 
 def open_rewards(

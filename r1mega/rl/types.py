@@ -18,10 +18,10 @@ class Completion:
 
     ``token_ids``: the response's tokens, the end-of-sequence token included when it was drawn; ``logprobs``: float a token, natural
     log of its probability under the distribution that it was drawn from (softmax of logits / temperature); ``finish_reason``:
-    "stop" (end of sequence drawn) or "length" (max_new_tokens reached). ``versions``: spans over all tokens, in order; () where
-    one version drew them all. ``routed_experts``: [prompt + response - 1, layers, top_k] experts of each token in each layer, where
-    the engine tells them; in a :class:`Sample` as ``r1mega.rl.routing.RoutingShape.checked`` gives them. ``sampling_mask``: per
-    token the ids that it could have been, where top-k or top-p cut the rest off.
+    "stop" (end of sequence drawn) or "length" (max_new_tokens reached). ``versions``: spans over all tokens that were drawn, in
+    order; () where one version drew them all. ``routed_experts``: [prompt + response - 1, layers, top_k] experts of each token in
+    each layer, where the engine tells them; in a :class:`Sample` as ``r1mega.rl.routing.RoutingShape.checked`` gives them.
+    ``sampling_mask``: per token the ids that it could have been, where top-k or top-p cut the rest off.
     """
 
     token_ids: list[int]
@@ -49,7 +49,8 @@ class Sample:
     ``item``: the number of its question in the run's endless stream; ``member``: its place in the group. ``prompt``: token ids.
     ``completion``: the whole episode after the prompt. ``own``: a bool a token, false where an environment put it (such a token has
     log-probability 0 and is not trained); None: the policy drew every one. ``records``: what the rewards said; ``reward``: their
-    weighted sum and the environment's. ``began``, ``generated``, ``judged``: seconds since the epoch. ``id``: the ledger's.
+    weighted sum and the environment's. ``environment_failure``: why that ended the episode, if it failed. ``began``, ``generated``,
+    ``judged``: seconds since the epoch. ``id``: the ledger's.
     """
 
     item: int
@@ -61,6 +62,7 @@ class Sample:
     turns: int = 1
     records: dict[str, RewardRecord] = field(default_factory=dict)
     environment_reward: float = 0.0
+    environment_failure: str = ""
     reward: float = 0.0
     advantage: float = 0.0
     began: float = 0.0

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -204,6 +205,89 @@ def check_engine(choice: object, hf_config: dict, model: torch.nn.Module, eos_id
         stopped = completion.token_ids[-1] == eos_id
         assert completion.finish_reason == ("stop" if stopped else "length"), "the reason is the one that holds"
         assert stopped or len(completion.token_ids) == 24, "a response ends by the end of sequence or at its limit"
+
+
+class ScriptedEngine:
+    """Draws the same turns in each episode, cut at the longest length; ``requests``: what it was asked."""
+
+    version = 0
+
+    def __init__(self, tokenizer: Any, turns: Sequence[str]):
+        self.tokenizer, self.turns = tokenizer, [[*tokenizer.encode(turn), tokenizer.eos_id] for turn in turns]
+        self.requests: list[Any] = []
+
+    async def complete(self, request: Any) -> Any:
+        """The next turn of the script, from the start after the last one."""
+        from r1mega.rl.types import Completion
+
+        whole = self.turns[len(self.requests) % len(self.turns)]
+        self.requests.append(request)
+        ids = whole[: request.sampling.max_new_tokens]
+        return Completion(ids, [-0.5] * len(ids), "stop" if ids == whole else "length")
+
+
+def check_environment(choice: object, turns: Sequence[str], tokenizer: Any = None, seconds: float = 60.0) -> None:
+    """The same turns give the same episode, beside others too; closed twice; limits of turns and tokens kept; who put what is
+    known.
+
+    ``turns``: of a policy, such as make the environment answer; each but the last should go on. ``tokenizer``: None: a small one.
+    """
+    from r1mega.config.run import SamplingConfig
+    from r1mega.data.problems import Problem
+    from r1mega.rl.environment.play import Player, play_all
+
+    if tokenizer is None:
+        from r1mega.data.tokenizer import train_tokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = train_tokenizer(["a small one"], folder, vocab_size=300)
+    environment = choice.build()
+    assert isinstance(environment.max_turns, int) and environment.max_turns >= 1, "at least one turn"
+    problem = Problem("1", "What is 1700 + 29?", "1729", "numbers", {})
+    pair = [environment.begin(problem), environment.begin(problem)]
+    questions = [episode.reset() for episode in pair]
+    assert questions[0] == questions[1] and isinstance(questions[0], str), "the same problem, the same question, as text"
+    for turn in turns[: environment.max_turns]:
+        first, second = (episode.step(turn) for episode in pair)
+        assert first == second, f"the same turns give the same step; got {first} and {second}"
+        assert isinstance(first.observation, str | None) and math.isfinite(first.reward), "a text or None, and a number"
+        if first.observation is None:
+            break
+    for episode in (*pair, *pair):
+        episode.close()
+
+    def play(limit: int, context: int | None = None) -> tuple[Any, list[Any]]:
+        engine = ScriptedEngine(tokenizer, turns)
+        player = Player(environment, engine, tokenizer, SamplingConfig(max_new_tokens=limit), context, seconds)
+        (played,) = play_all(player, [problem], [5])
+        return played, engine.requests
+
+    whole, requests = play(100_000)
+    assert whole.failure == "" and 1 <= whole.turns == len(requests) <= environment.max_turns, "no more turns than max_turns"
+    size = len(whole.completion.token_ids)
+    for limit in {1, 2, size // 3, size // 2, size - 1, size + 1} - {0}:
+        for context in (None, len(whole.prompt) + limit)[: 1 + (limit == size // 2)]:
+            played, requests = play(limit if context is None else 100_000, context)
+            tokens = played.completion.token_ids
+            own = [True] * len(tokens) if played.own is None else played.own
+            assert len(tokens) <= limit, f"at most max_new_tokens {limit}; got {len(tokens)}"
+            assert len(own) == len(tokens) == len(played.completion.logprobs), "each token is somebody's"
+            assert tokens == whole.completion.token_ids[: len(tokens)], "a shorter episode is the start of a longer one"
+            assert own[-1], "the last turn is the policy's: what nobody reads is not kept"
+            assert all(own[start:end] == [True] * (end - start) for _, start, end in played.completion.versions)
+            before: list[int] = []
+            for request in requests:
+                assert request.prompt[: len(before)] == before, "tokens of earlier turns stay as they were drawn"
+                before = request.prompt
+            assert (whole.prompt + tokens)[: len(before)] == before
+            special = {token for token, added in tokenizer.backend.get_added_tokens_decoder().items() if added.special}
+            seen = [token for token, mine in zip(tokens, own, strict=True) if not mine and token in special]
+            assert len(seen) == 2 * (played.turns - 1), "special tokens stand around an observation, not in it"
+    again, _ = play(100_000)
+    assert again == whole, "the same turns give the same episode"
+    if hasattr(environment, "close"):
+        environment.close()
+        environment.close()
 
 
 def checkpoint_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

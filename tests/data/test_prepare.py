@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from r1mega.data.prepare import prepare
 from r1mega.data.problems import load_problems
 from r1mega.data.split import normal_text
 from r1mega.data.tokenfile import TokenFile, check_tokenizer
-from r1mega.data.tokenizer import load_tokenizer, make_response
+from r1mega.data.tokenizer import ASSISTANT, BOS, EOS, USER, load_tokenizer, make_response
 
 TEXT = "The quick brown fox jumps over the lazy dog, then rests.\n"
 
@@ -128,6 +129,46 @@ def test_rejection_sampled_responses_with_an_existing_tokenizer(prepared):
     assert sorted(path.name for path in (base / "round2").iterdir()) == ["sft.bin", "sft.idx", "sft.json", "sft.mask", "tokenizer"]
     few = prepare(PrepareConfig(out=str(base / "round3"), tokenizer=existing, sft_from=str(base / "kept.jsonl"), sft=2))
     assert few["sft"]["docs"] == 2
+
+
+def test_turns_with_a_tool_are_read_and_the_tools_are_not_learnt(prepared):
+    base, cfg, _ = prepared
+    turns = ["<tool>1 + 1</tool>", "<result>2<｜Assistant｜></result>", "so 2</think><answer>2</answer>"]
+    line = {"question": "1 + 1?", "answer": "2", "source": "s", "id": "0"}
+    (base / "turns.jsonl").write_text(
+        json.dumps({**line, "turns": turns}) + "\n" + json.dumps({**line, "response": turns[2]}) + "\n"
+    )
+    existing = TokenizerConfig(path=f"{cfg.out}/tokenizer")
+    prepare(PrepareConfig(out=str(base / "turned"), tokenizer=existing, sft_from=str(base / "turns.jsonl")))
+    tokenizer, file = load_tokenizer(base / "turned" / "tokenizer"), TokenFile(base / "turned" / "sft")
+    ids = file.document(0)
+    mask = file.mask[: len(ids)]
+    learnt = tokenizer.decode([token for token, own in zip(ids, mask, strict=True) if own], skip_special=False)
+    assert learnt == f"{turns[0]}{EOS}{turns[2]}{EOS}"
+    whole = tokenizer.decode(ids, skip_special=False)
+    assert whole == f"{BOS}{USER}1 + 1?{ASSISTANT}<think>{turns[0]}{EOS}{USER}{turns[1]}{ASSISTANT}{turns[2]}{EOS}"
+    assert list(ids).count(tokenizer.token_id(ASSISTANT)) == 2, "what a tool wrote out is text"
+    assert tokenizer.decode(file.document(1)) == "1 + 1?<think>so 2</think><answer>2</answer>"
+
+
+@pytest.mark.parametrize("turns, says", [
+    (["a", "b"], "turns are the model's and the tool's in turn, the model's last; got 2 turns"),
+    ([], "got 0 turns"),
+    ("text", "got 'text'"),
+    (["a", 3, "b</think>"], "a sample has a response with </think>; got 'b</think>'"),
+    (["a", "</think>", "b"], "a sample has a response with </think>; got 'b'"),
+])  # fmt: skip
+def test_turns_that_are_none_are_refused_by_line(prepared, tmp_path, turns, says):
+    _, cfg, _ = prepared
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"question": "q", "turns": turns}) + "\n")
+    with pytest.raises(UserError, match=re.escape(says)):
+        prepare(
+            PrepareConfig(
+                out=str(tmp_path / "o"),
+                tokenizer=TokenizerConfig(path=f"{cfg.out}/tokenizer"),
+                sft_from=str(tmp_path / "bad.jsonl"),
+            )
+        )
 
 
 def test_importing_it_loads_nothing_heavy():

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from r1mega.rl.ledger import History
 from r1mega.rl.sandbox import why_not
 from r1mega.testing.contracts import check_reward
 
@@ -86,6 +87,35 @@ def test_code_rewards_get_what_they_should() -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 13
+
+
+def test_python_tool_trains_with_the_tool(tmp_path) -> None:
+    reason = why_not()
+    if reason:
+        assert "R1MEGA_CI" not in os.environ, reason
+    script, weaker = ROOT / "examples" / "python_tool" / "run.py", ["environment.sandbox=process"] if reason else []
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, str(script), str(tmp_path / "out"), *weaker]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    names = ["cold start without the tool", "cold start with the tool", "after GRPO"]
+    said = [line.partition(":")[0] for line in done.stdout.splitlines()[-3:]]
+    assert said == names, done.stdout
+    without, with_tool, after = (
+        json.loads((tmp_path / "out" / name / "eval.json").read_text()) for name in ("eval_without", "eval_sft", "eval_rl")
+    )
+    assert without["pass_at_1"] < 0.1 < min(with_tool["pass_at_1"], after["pass_at_1"])
+    assert with_tool["turns"] > 1.5 and without["turns"] == 1 and after["environment_failed"] == 0
+    lines = metrics(tmp_path / "out" / "rl")
+    assert [line["rollout"] for line in lines] == list(range(1, 7)) and max(line["reward_std"] for line in lines) > 0
+    for line in lines:
+        assert line["accuracy"] > without["pass_at_1"] and line["turns"] > 1.5 and line["environment_failed"] == 0
+        assert line["rollout_diff_max"] < 1e-4, "the trainer rescores the turns as they were drawn"
+    history = History(tmp_path / "out" / "rl" / "ledger")
+    assert history.audit() == []
+    frames = [frame for frame in history.samples().values() if frame.values["turns"] > 1]
+    assert len(frames) > 0.75 * 6 * 64 and not any(frame.arrays()["own"].all() for frame in frames)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from r1mega.config.errors import UserError
 from r1mega.config.run import SamplingConfig
 from r1mega.registry import choices
-from r1mega.rl.engine import EngineRuntime, LocalEngine
+from r1mega.rl.engine import EngineRuntime, LocalEngine, Request, generate
 from r1mega.rl.engine.inprocess import draw
 from r1mega.testing.contracts import check_engine, checkpoint_tensors
 
@@ -135,6 +135,25 @@ def test_threads_decode_batches_side_by_side_and_are_put_back(monkeypatch):
         torch.set_num_threads(before)
     assert [c.token_ids for c in got] == [c.token_ids for c in want]
     assert seen == [(48, 1), (24, 1), (24, 1)]
+
+
+def test_requests_with_limits_of_their_own_are_one_batch(monkeypatch):
+    made = engine(model(config()), config())
+    prompts, limits = [[4, 5, 6], [7], [8, 9], [4, 5, 6]], [3, 24, 1, 9]
+    whole = made.generate(prompts, SamplingConfig(max_new_tokens=24), [1, 2, 3, 4])
+    batches = []
+    decode = made._decode
+    monkeypatch.setattr(made, "_decode", lambda prompts, rows, *rest: batches.append(len(rows)) or decode(prompts, rows, *rest))
+    asked = [
+        Request(prompt, SamplingConfig(max_new_tokens=limit), seed)
+        for prompt, limit, seed in zip(prompts, limits, range(1, 5), strict=True)
+    ]
+    for one, long, limit in zip(generate(made, asked), whole, limits, strict=True):
+        assert one.token_ids == long.token_ids[:limit] and one.logprobs == pytest.approx(long.logprobs[:limit], abs=1e-5)
+        assert one.finish_reason == ("stop" if EOS in one.token_ids else "length")
+    assert batches == [4]
+    with pytest.raises(UserError, match=r"fit max_position_embeddings 256; got 250 \+ 7"):
+        made.generate([[4] * 250, [4]], SamplingConfig(max_new_tokens=1), [1, 2], [7, 250])
 
 
 def test_temperature_zero_takes_the_likeliest_token():

@@ -10,9 +10,10 @@ import shutil
 import signal
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,8 @@ from r1mega.mesh import close_mesh
 from r1mega.rl.advantage import GroupAdvantage
 from r1mega.rl.batch import RolloutRow
 from r1mega.rl.engine import LocalEngine
-from r1mega.rl.environment import Single
+from r1mega.rl.engine.inprocess import InProcessEngine
+from r1mega.rl.environment import Single, Step
 from r1mega.rl.learner import Learner
 from r1mega.rl.ledger import History
 from r1mega.rl.loop import rl, turn
@@ -440,3 +442,84 @@ def test_another_prompt_file_is_not_gone_on_with(place: Path, straight, tmp_path
     other.data.problems = str(tmp_path / "other.jsonl")
     with pytest.raises(UserError, match="data.problems: a run goes on with the problems"):
         rl(other)
+
+
+@dataclass(frozen=True)
+class Nagging:
+    """Asks on, twice; fails in one episode of four, in its second turn. ``max_turns``: of the environment."""
+
+    max_turns: int = 4
+
+    def build(self):
+        """The environment."""
+        return NaggingEnvironment(self.max_turns)
+
+
+class NaggingEnvironment:
+    def __init__(self, max_turns: int):
+        self.max_turns, self.begun = max_turns, count()
+
+    def begin(self, problem):
+        number, turns = next(self.begun), count(1)
+
+        def step(said: str) -> Step:
+            turn = next(turns)
+            if turn == 2 and number % 4 == 3:
+                raise RuntimeError("the tool is out")
+            return Step("more<｜end▁of▁sentence｜>" if turn < 3 else None, 0.5)
+
+        return SimpleNamespace(reset=lambda: problem.question, step=step, close=lambda: None)
+
+
+def test_turns_of_an_environment_are_trained_and_its_words_are_not(place: Path, digits, tmp_path: Path) -> None:
+    settings = config(place, tmp_path / "turns", sampling=SamplingConfig(temperature=1.0, max_new_tokens=100))
+    settings.environment = Nagging()
+    with pytest.MonkeyPatch.context() as patch:  # a random model draws no end: turns of three tokens
+        true = InProcessEngine.generate
+
+        def short(self, prompts, sampling, seed, limits=None):
+            made = true(self, prompts, sampling, seed, [min(limit, 3) for limit in limits])
+            return [
+                replace(one, finish_reason="stop") if len(one.token_ids) < limit else one
+                for one, limit in zip(made, limits, strict=True)
+            ]
+
+        patch.setattr(InProcessEngine, "generate", short)
+        rl(settings)
+    told = lines(tmp_path / "turns")
+    events = [line for line in told if "event" in line]
+    told = [line for line in told if "event" not in line]
+    assert [line["environment_failed"] for line in told] == [0.25, 0.25] and [line["turns"] for line in told] == [2.75, 2.75]
+    assert [line["environment"] for line in told] == [pytest.approx(0.75 * 1.5 + 0.25 * 0.5)] * 2
+    assert all(line["rollout_diff_max"] < 1e-4 for line in told), "the trainer rescores turns in their places"
+    (event,) = events
+    assert event["reason"] == f"environment={__name__}.Nagging: step: RuntimeError: the tool is out" and event["rollout"] == 1
+    frames = History(tmp_path / "turns/ledger").samples().values()
+    for frame in frames:
+        own, tokens = frame.arrays()["own"], frame.arrays()["tokens"]
+        seen = len(own) - own.sum()
+        assert frame.values["turns"] == (2 if frame.values["environment_failure"] else 3) and len(own) == len(tokens)
+        assert seen > 0 and (frame.arrays()["logprobs"][~own] == 0).all() and own[-1]
+    assert sum(bool(frame.values["environment_failure"]) for frame in frames) == 4
+
+
+def test_what_an_environment_says_has_no_gradient(loop) -> None:
+    """The loss of a row does not look at tokens that the policy did not draw."""
+    run = loop()
+    rows, _ = taken(run)
+    for row in rows:
+        row.own = [place % 2 == 0 for place in range(len(row.completion.token_ids))]
+        row.advantage = 1.0
+    run.learner.score(rows)
+    (batch, *_) = run.learner.batches(rows)
+    assert batch.lengths_B.tolist() == [row.num_trained for row in batch.rows]
+    spoilt = [replace(row, completion=replace(row.completion, logprobs=[
+        value if own else 9.0 for value, own in zip(row.completion.logprobs, row.own, strict=True)])) for row in rows]  # fmt: skip
+    start = weights(run)
+    run.learner.update(rows)
+    after = weights(run)
+    other = loop()
+    assert same(weights(other), start)
+    other.learner.score(spoilt)
+    other.learner.update(spoilt)
+    assert same(weights(other), after) and not same(after, start)

@@ -72,14 +72,17 @@ class InProcessEngine:
         """Nothing is left behind."""
 
     def _complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """One batch of requests, those with the same sampling together."""
+        """One batch of requests, those with the same sampling together, but for their longest lengths."""
         done: list[Completion | None] = [None] * len(requests)
         by_sampling: dict[tuple, list[int]] = {}
         for place, request in enumerate(requests):
-            by_sampling.setdefault(dataclasses.astuple(request.sampling), []).append(place)
+            alike = dataclasses.replace(request.sampling, max_new_tokens=1)
+            by_sampling.setdefault(dataclasses.astuple(alike), []).append(place)
         for places in by_sampling.values():
-            prompts, seeds = [requests[place].prompt for place in places], [requests[place].seed for place in places]
-            for place, completion in zip(places, self.generate(prompts, requests[places[0]].sampling, seeds), strict=True):
+            asked = [requests[place] for place in places]
+            prompts, seeds = [request.prompt for request in asked], [request.seed for request in asked]
+            limits = [request.sampling.max_new_tokens for request in asked]
+            for place, completion in zip(places, self.generate(prompts, asked[0].sampling, seeds, limits), strict=True):
                 done[place] = dataclasses.replace(completion, versions=((self.version, 0, len(completion.token_ids)),))
         return done
 
@@ -89,10 +92,13 @@ class InProcessEngine:
         weights.load(self.model, named_tensors)
         self.version = version
 
-    def generate(self, prompts: list[list[int]], sampling: SamplingConfig, seed: int | Sequence[int]) -> list[Completion]:
+    def generate(
+        self, prompts: list[list[int]], sampling: SamplingConfig, seed: int | Sequence[int], limits: Sequence[int] | None = None
+    ) -> list[Completion]:
         """One response to each prompt, in order; at temperature 0 the likeliest token, with log-probability 0.
 
-        ``seed``: one a prompt; of a single number, row r of the call draws what the pair (number, r) says.
+        ``seed``: one a prompt; of a single number, row r of the call draws what the pair (number, r) says. ``limits``:
+        longest response to each prompt; None: ``sampling.max_new_tokens`` of all.
 
         Raises UserError before the first complete load, for an empty prompt, and where prompt and response exceed
         max_position_embeddings; RuntimeError when the weights give logits that are not finite.
@@ -107,10 +113,12 @@ class InProcessEngine:
         lengths, context = [len(prompt) for prompt in prompts], self.model.config.max_position_embeddings
         if 0 in lengths:
             raise UserError(f"engine.prompts: at least one token; got an empty prompt at {lengths.index(0)}; add bos")
-        if max(lengths) + sampling.max_new_tokens > context:
+        limits = [sampling.max_new_tokens] * len(prompts) if limits is None else list(limits)
+        longest, limit = max(zip(lengths, limits, strict=True), key=sum)
+        if longest + limit > context:
             raise UserError(
                 f"sampling.max_new_tokens: prompt and response fit max_position_embeddings {context}; "
-                f"got {max(lengths)} + {sampling.max_new_tokens}; lower it or extend the model's context"
+                f"got {longest} + {limit}; lower it or extend the model's context"
             )
         by_length = sorted(range(len(prompts)), key=lengths.__getitem__)  # equal lengths together: less padding, no mask
         side = self._batches_side_by_side(len(prompts))
@@ -118,7 +126,9 @@ class InProcessEngine:
         batches = [by_length[start : start + size] for start in range(0, len(prompts), size)]
         completions: list[Completion | None] = [None] * len(prompts)
         with _threads(side) as run:
-            for rows, done in zip(batches, run(lambda rows: self._decode(prompts, rows, sampling, seeds), batches), strict=True):
+            for rows, done in zip(
+                batches, run(lambda rows: self._decode(prompts, rows, sampling, seeds, limits), batches), strict=True
+            ):
                 for row, completion in zip(rows, done, strict=True):
                     completions[row] = completion
         return completions
@@ -131,16 +141,24 @@ class InProcessEngine:
         return max(1, min(torch.get_num_threads(), num_rows // SMALLEST_SHARE, self.choice.max_batch))
 
     @torch.inference_mode()
-    def _decode(self, prompts: list[list[int]], rows: list[int], sampling: SamplingConfig, seeds: list[str]) -> list[Completion]:
+    def _decode(
+        self, prompts: list[list[int]], rows: list[int], sampling: SamplingConfig, seeds: list[str], limits: list[int]
+    ) -> list[Completion]:
         tap = self._tap
+        own = ([each[row] for row in rows] for each in (prompts, seeds, limits))
         with tap.hearing() if tap else contextlib.nullcontext({}) as heard:
-            return self._decode_heard([prompts[row] for row in rows], sampling, [seeds[row] for row in rows], heard)
+            return self._decode_heard(sampling, *own, heard)
 
     def _decode_heard(
-        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[str], heard: dict[int, torch.Tensor]
+        self,
+        sampling: SamplingConfig,
+        prompts: list[list[int]],
+        seeds: list[str],
+        limits: list[int],
+        heard: dict[int, torch.Tensor],
     ) -> list[Completion]:
         """``heard``: where the tap writes the experts of this thread's last forward pass."""
-        rows, limit, tap = range(len(prompts)), sampling.max_new_tokens, self._tap
+        rows, limit, tap = range(len(prompts)), max(limits), self._tap
         logits_BV, cache, of_prompts = self._prefill(prompts, limit, heard)
         if tap:
             experts = torch.full((len(rows), limit, tap.layers, tap.top_k), -1, dtype=torch.int16, device=self.device)
@@ -149,17 +167,19 @@ class InProcessEngine:
         live_B = torch.arange(len(rows), device=self.device)
         tokens = torch.zeros(len(rows), limit, dtype=torch.int64, device=self.device)
         logprobs = torch.zeros(len(rows), limit, dtype=torch.float32, device=self.device)
-        length_B = torch.full((len(rows),), limit, device=self.device)
-        ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        limit_B = torch.tensor(limits, device=self.device)
+        length_B = limit_B.clone()
+        ended, is_full = torch.zeros(2, len(rows), dtype=torch.bool, device=self.device)
         for now in range(limit):
             if now % DRAWN_STEPS == 0:
                 uniform = _uniform(seeds, now // DRAWN_STEPS).to(self.device)
             drawn_B, logprob_B = draw(logits_BV, uniform[live_B, now % DRAWN_STEPS], sampling.temperature)
             tokens[live_B, now], logprobs[live_B, now] = drawn_B, logprob_B
-            stopped_B = (drawn_B == self.runtime.eos_id) & ~ended[live_B]
+            stopped_B = (drawn_B == self.runtime.eos_id) & ~(ended | is_full)[live_B]
             length_B[live_B[stopped_B]] = now + 1
             ended[live_B] |= stopped_B
-            going_B = ~ended[live_B]
+            is_full = limit_B <= now + 1
+            going_B = ~(ended | is_full)[live_B]
             num_going = int(going_B.sum())
             if num_going == 0 or now + 1 == limit:
                 break

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +17,8 @@ from r1mega.mesh import close_mesh
 from r1mega.registry import lookup
 from r1mega.rl.advantage import GroupAdvantage
 from r1mega.rl.engine import SglangEngine
-from r1mega.rl.environment import Single
+from r1mega.rl.engine.sglang.engine import ServedEngine
+from r1mega.rl.environment import Single, Step
 from r1mega.rl.ledger import History
 from r1mega.rl.loop import rl
 from r1mega.rl.loss import GrpoLoss
@@ -112,3 +115,39 @@ def test_running_ahead_of_the_trainer(place: Path, home: Home, tmp_path: Path) -
     assert all(line["staleness_max"] <= 4 for line in told) and max(line["staleness_max"] for line in told) > 0
     history = History(tmp_path / "ahead/ledger")
     assert history.audit() == [] and sorted(history.uses()) == [1, 2, 3, 4]
+
+
+@dataclass(frozen=True)
+class Encore:
+    """Two observations, then the end, whatever the policy says."""
+
+    def build(self):
+        """The environment."""
+        return SimpleNamespace(max_turns=3, begin=self.begin)
+
+    @staticmethod
+    def begin(problem):
+        turns = count(1)
+        return SimpleNamespace(
+            reset=lambda: problem.question, step=lambda said: Step("go on" if next(turns) < 3 else None), close=lambda: None
+        )
+
+
+def test_turns_of_an_environment(place: Path, home: Home, tmp_path: Path) -> None:
+    settings = config(place, home, tmp_path / "turns", "tensor", rollouts=2)
+    settings.environment, settings.rl.sampling = Encore(), SamplingConfig(temperature=1.0, max_new_tokens=96)
+    with pytest.MonkeyPatch.context() as patch:  # a model that has learnt nothing ends no turn: cut each at four tokens
+        true = ServedEngine.complete
+
+        async def short(self, request):
+            made = await true(self, replace(request, sampling=replace(request.sampling, max_new_tokens=4)))
+            return replace(made, finish_reason="stop")
+
+        patch.setattr(ServedEngine, "complete", short)
+        rl(settings)
+    told = lines(tmp_path / "turns")
+    assert [line["turns"] for line in told] == [3, 3] and all(line["environment_failed"] == 0 for line in told)
+    assert all(line["rollout_diff_max"] < 1e-3 for line in told), "the trainer rescores the turns in their places"
+    for frame in History(tmp_path / "turns/ledger").samples().values():
+        own, logprobs = frame.arrays()["own"], frame.arrays()["logprobs"]
+        assert not own.all() and (logprobs[~own] == 0).all() and frame.values["turns"] == 3
