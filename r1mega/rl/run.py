@@ -26,6 +26,7 @@ from r1mega.rl.environment.play import Player
 from r1mega.rl.learner import Learner
 from r1mega.rl.ledger import FOLDER, Frame, History, Ledger, next_start
 from r1mega.rl.metrics import Pace, mean_load, rollout_line, source_line
+from r1mega.rl.place import Place
 from r1mega.rl.push import PushReport, PushRuntime
 from r1mega.rl.reward.mix import FAILURES, by_reward, keep_failures, names_of, weights_of, write_failures
 from r1mega.rl.reward.runner import RewardRunner
@@ -431,23 +432,3 @@ def _is_of_a_death(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-class Place:
-    """Which ranks generate. ``generates``: this one does; ``writes``: this one writes down what its data rank has used; ``number``
-    of ``count`` generating ranks, with ``share`` groups a rollout each. Context ranks of a data rank share its groups where these
-    divide; of tensor and pipeline ranks the first generates for all."""
-
-    def __init__(self, generates: bool, writes: bool, number: int, count: int, share: int):
-        self.generates, self.writes, self.number, self.count, self.share = generates, writes, number, count, share
-
-    @classmethod
-    def of(cls, mesh, prompts: int) -> Place:
-        """This rank's place among those that generate ``prompts`` groups a rollout."""
-        context = mesh.axes["context"]
-        groups = prompts // mesh.data_size
-        sharers = context.size if groups % context.size == 0 else 1
-        is_first = mesh.axes["tensor"].rank == 0 and mesh.axes["pipeline"].rank == 0
-        generates = is_first and context.rank < sharers
-        number = mesh.data_rank * sharers + (context.rank if generates else 0)
-        return cls(generates, is_first and context.rank == 0, number, mesh.data_size * sharers, groups // sharers)
