@@ -198,7 +198,7 @@ def _tell_changes(config: Any, folder: str) -> None:
         if (
             key in before
             and before[key] != value
-            and key.partition(".")[0] not in ("launch", "log", "profile", "nvtx", "debug", "out", "name")
+            and key.partition(".")[0] not in ("launch", "runtime", "log", "profile", "nvtx", "debug", "out", "name")
         ):
             print(f"going on with {key}={value}, which was {before[key]} until here", file=sys.stderr)
 

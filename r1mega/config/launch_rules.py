@@ -35,10 +35,12 @@ OURS = (
 def launch_violations(config: ComputeConfig) -> Iterator[Violation]:
     """Broken rules between the knobs of ``launch``; those of who starts ranks only where nobody has started them yet."""
     launch = config.launch
-    if "RANK" not in os.environ:
+    on_ray = getattr(getattr(config, "runtime", None), "kind", "local") == "ray"  # runtime_rules has the rules of that
+    if "RANK" not in os.environ and not on_ray:
         yield from _hosts(launch)
         yield from _slurm(launch)
-    yield from _devices(config)
+    if "RANK" in os.environ or not on_ray:
+        yield from _devices(config)
 
 
 def num_processes(launch: LaunchConfig) -> int:
