@@ -27,12 +27,9 @@ from r1mega.config.rl import ProblemDataConfig
 from r1mega.config.run import ComputeConfig
 from r1mega.config.schema import schema
 from r1mega.files import View, quoted
+from r1mega.launch.local import RESULT_VARIABLE
 from r1mega.launch.start import start, starts
 from r1mega.train import manifest
-
-RESULT_VARIABLE = "R1MEGA_RESULT"
-"""Names the file in which rank 0 of started ranks leaves its result."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Command:

@@ -16,6 +16,9 @@ from r1mega.config.run import ComputeConfig, LaunchConfig
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """What the backends read to find the network interface; a value that is set is the user's, and stays."""
 
+VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
+"""Which GPUs a process sees."""
+
 TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE")
 GPUS_OF_DRIVER = Path("/proc/driver/nvidia/gpus")
 OURS = (
@@ -106,7 +109,7 @@ def _devices(config: ComputeConfig) -> Iterator[Violation]:
 
 def visible_gpus() -> int | None:
     """GPUs that a process here may use: the driver's files, cut by CUDA_VISIBLE_DEVICES. None: they cannot be counted so."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = os.environ.get(VISIBLE_VARIABLE)
     driver = len(list(GPUS_OF_DRIVER.iterdir())) if GPUS_OF_DRIVER.is_dir() else None
     if named is None:
         return driver

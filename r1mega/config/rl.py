@@ -159,11 +159,14 @@ class RuntimeConfig:
         "name",
         **one_of("spread", "packed", "colocated"),
     )
-    rank_cpus: int = knob(1, "ray: CPU cores of each rank, as Ray counts them", "cores", **at_least(0))
-    server_cpus: int = knob(1, "ray: CPU cores of each server, as Ray counts them", "cores", **at_least(0))
+    rank_cpus: int = knob(1, "ray: CPU cores of each rank, as Ray counts them", "cores", **at_least(1))
+    server_cpus: int = knob(1, "ray: CPU cores of each server, as Ray counts them", "cores", **at_least(1))
     connect_seconds: float = knob(60.0, "ray: longest wait for the cluster to answer", "seconds", **at_least(1))
     wait_seconds: float = knob(
-        300.0, "ray: longest wait for GPUs and cores that others use, and for a node in a lost one's place", "seconds", **at_least(1)
+        300.0,
+        "ray: longest wait for GPUs and cores that others use, and for a node in a lost one's place",
+        "seconds",
+        **at_least(1),
     )
     environment: dict[str, str] = knob({}, "ray: variables of all roles, beside their nodes' own", "name: value")
 

@@ -40,14 +40,19 @@ def server_gpus(config: RlConfig) -> int:
 
 
 def needs(config: RlConfig) -> list[Need]:
-    """All that the roles ask for: hosts of ranks first, then servers. Servers on the trainer's GPUs ask for cores alone."""
-    launch, runtime = config.launch, config.runtime
-    each = 0 if config.device.kind == "cpu" else 1
-    shared = runtime.placement == "colocated"
-    made = [Need("ranks", launch.processes, each * launch.processes, runtime.rank_cpus * launch.processes)] * launch.hosts
-    if count := num_servers(config):
-        made += [Need("server", 1, 0 if shared else server_gpus(config), runtime.server_cpus)] * count
-    return made
+    """All that the roles ask for, a node's part each: hosts of ranks first, then servers that are not on the trainer's GPUs."""
+    launch, runtime, count = config.launch, config.runtime, num_servers(config)
+    is_shared = runtime.placement == "colocated"
+    gpus = 0 if config.device.kind == "cpu" else launch.processes
+    beside = math.ceil(count / launch.hosts) * runtime.server_cpus if is_shared else 0
+    made = [Need("ranks", launch.processes, gpus, runtime.rank_cpus * launch.processes + beside)] * launch.hosts
+    return made if is_shared else made + [Need("server", 1, server_gpus(config), runtime.server_cpus)] * count
+
+
+def place_of_server(config: RlConfig, index: int) -> tuple[int, int]:
+    """With servers on the trainer's GPUs: the host of server ``index`` and its first GPU among the host's."""
+    round_idx, host = divmod(index, config.launch.hosts)
+    return host, round_idx * server_gpus(config)
 
 
 def runtime_violations(config: RlConfig) -> Iterator[Violation]:
@@ -67,7 +72,9 @@ def runtime_violations(config: RlConfig) -> Iterator[Violation]:
             yield Violation(f"launch.{key}", rule, getattr(launch, key), ((f"launch.{key}", ("null",)),))
     if runtime.address == "local" and launch.hosts > 1:
         hint = "or ray start on each machine and runtime.address=auto"
-        yield Violation("launch.hosts", "1 with runtime.address=local, which is this machine", launch.hosts, (("launch.hosts", (1,)),), hint)
+        yield Violation(
+            "launch.hosts", "1 with runtime.address=local, which is this machine", launch.hosts, (("launch.hosts", (1,)),), hint
+        )
     if not num_servers(config):
         return
     yield from _servers(config)
