@@ -70,6 +70,7 @@ def _connect(ray: Any, config: RlConfig, wanted: Sequence[Need], variables: Mapp
     if address == "local":
         # of this machine's cores a rank takes what it likes; what Ray counts are only places
         cpus = max(os.cpu_count() or 1, sum(need.cpus for need in wanted))
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # else a process a core, of which few are used
         with _aside():
             ray.init(address="local", num_cpus=cpus, **QUIET, **common)
         return
@@ -79,7 +80,7 @@ def _connect(ray: Any, config: RlConfig, wanted: Sequence[Need], variables: Mapp
     try:
         with _in_time(seconds, f"runtime.address {named or address}"), _aside():
             ray.init(address=address, **common)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise UserError(_refused(address, str(error))) from error
 
 
@@ -134,9 +135,10 @@ def _refused(address: str, said: str) -> str:
             f"runtime.address: a Ray cluster that this machine has joined, for {address}; got none; use ray start --head here, ray start "
             "--address=HEAD:6379 to join one, or runtime.address=local"
         )
+    token = "" if os.environ.get("RAY_AUTH_MODE") else "; where the cluster has a token, export RAY_AUTH_MODE=token"
     return (
         f"runtime.address: a Ray cluster with this machine as a node; got {' '.join(lines)[:300]}; "
-        f"join it here with ray start --address={address if address != 'auto' else 'HEAD:6379'}"
+        f"join it here with ray start --address={address if address != 'auto' else 'HEAD:6379'}{token}"
     )
 
 
