@@ -31,6 +31,7 @@ from r1mega.launch.local import RESULT_VARIABLE
 from r1mega.launch.start import start, starts
 from r1mega.train import manifest
 
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """``target``: "module:function"; ``all_ranks``: every rank calls it, else rank 0; ``saves``: the config goes to ``out``."""

@@ -62,7 +62,7 @@ def processes_of(folder: Path) -> list[int]:
 
 def end_cluster(folder: Path) -> None:
     """Kill all of it."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGKILL,) * 2:  # what was being started is there the second time
         for pid in processes_of(folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)

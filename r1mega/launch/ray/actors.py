@@ -1,7 +1,7 @@
-"""What runs on the cluster's nodes: one :class:`RankActor` a trainer rank, one :class:`ServerActor` a server. No torch, no Ray at import.
+"""What runs on the cluster's nodes: one :class:`RankActor` a trainer rank, one :class:`ServerActor` a server. No torch, late Ray.
 
-Each holds one process of its own and answers the driver's questions within milliseconds: what the process has written since the last
-one, how it has ended. A rank's process is killed when its actor is gone, a server's keeper ends it then.
+Each holds one process of its own and answers the driver's questions within milliseconds: what the process has written since the
+last one, how it has ended. A rank's process is killed when its actor is gone, a server's keeper ends it then.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: joined, measured against what the roles ask for, its GPUs and cores set aside. Imports Ray when it runs.
+"""The Ray cluster of a run: joined, measured against what the roles ask for, its GPUs and cores set aside. Imports Ray late.
 
 In: the config of ``r1mega rl``. Out: :class:`Cluster`, or UserError in one line: no Ray, nobody at the address, other versions, too
 few GPUs or cores.
@@ -129,11 +129,14 @@ def _refused(address: str, said: str) -> str:
     if "ersion mismatch" in said:
         found = [line for line in lines if line.startswith(("Ray:", "Python:"))]
         pairs = f"{found[0]}, {found[1]} there and {found[2]}, {found[3]} here" if len(found) == 4 else " ".join(lines)
-        return f"runtime.address: Ray and Python of the cluster's versions; got {pairs}; install the cluster's versions here, or there these"
+        return (
+            f"runtime.address: Ray and Python of the cluster's versions; got {pairs}; "
+            "install the cluster's versions here, or there these"
+        )
     if "Could not find any running Ray instance" in said:
         return (
-            f"runtime.address: a Ray cluster that this machine has joined, for {address}; got none; use ray start --head here, ray start "
-            "--address=HEAD:6379 to join one, or runtime.address=local"
+            f"runtime.address: a Ray cluster that this machine has joined, for {address}; got none; use ray start --head here, "
+            "ray start --address=HEAD:6379 to join one, or runtime.address=local"
         )
     token = "" if os.environ.get("RAY_AUTH_MODE") else "; where the cluster has a token, export RAY_AUTH_MODE=token"
     return (
@@ -187,8 +190,8 @@ class Cluster:
                 now, free = time.monotonic(), amounts(self.ray.available_resources())
                 if now - began > seconds:
                     raise UserError(
-                        f"runtime.wait_seconds: {said(self.hosts + self.singles)} are free within {seconds:g} s; got {free} free; wait for "
-                        "other jobs (ray status shows them), use fewer, or a longer time"
+                        f"runtime.wait_seconds: {said(self.hosts + self.singles)} are free within {seconds:g} s; got {free} free; "
+                        "wait for other jobs (ray status shows them), use fewer, or a longer time"
                     )
                 if now - told > TELL_SECONDS:
                     told = now
@@ -224,7 +227,7 @@ class Cluster:
 
 
 def check_resources(nodes: Sequence[Mapping[str, float]], wanted: Sequence[Need]) -> None:
-    """Raise UserError, one line, where no empty cluster of these nodes could hold ``wanted``. ``nodes``: Ray's resources of each."""
+    """Raise UserError, one line, where no empty cluster of these nodes could hold ``wanted``. ``nodes``: of each Ray's resources."""
     hosts = [need for need in wanted if need.role == "ranks"]
     for resource, key in (("GPU", "gpus"), ("CPU", "cpus")):
         needed, there = sum(getattr(need, key) for need in wanted), int(sum(node.get(resource, 0) for node in nodes))
@@ -240,7 +243,8 @@ def check_resources(nodes: Sequence[Mapping[str, float]], wanted: Sequence[Need]
 
 def _raise(what: str) -> None:
     raise UserError(
-        f"runtime=ray: {what}; add nodes with ray start --address=HEAD:6379, or use fewer in launch.hosts, launch.processes or engine.servers"
+        f"runtime=ray: {what}; add nodes with ray start --address=HEAD:6379, or use fewer in launch.hosts, launch.processes or "
+        "engine.servers"
     )
 
 

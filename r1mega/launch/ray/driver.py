@@ -1,9 +1,9 @@
 """The driver of ``runtime=ray``: sets the cluster's part aside, starts ranks and servers as actors, and watches them to the end.
 
-In: what a rank runs and the config. Out: ranks that have ended, or LaunchError with the first one that failed; rank 0's result in the
-file that the environment names. Ranks that fail start again together from the last checkpoint, ``launch.restarts`` times; servers by
-themselves. SIGTERM goes on to the ranks, which save; Ctrl-C and a second SIGTERM end everything. If this process is killed, Ray ends
-its actors, and they what they hold.
+In: what a rank runs and the config. Out: ranks that have ended, or LaunchError with the first one that failed; rank 0's result in
+the file that the environment names. Ranks that fail start again together from the last checkpoint, ``launch.restarts`` times;
+servers by themselves. SIGTERM goes on to the ranks, which save; Ctrl-C and a second SIGTERM end everything. If this process is
+killed, Ray ends its actors, and they what they hold.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ class Run:
         host = self.places[error.rank]["host"] if self.places else "?"
         what = self.logs[error.rank].complaint() or "it said nothing"
         print(
-            f"runtime=ray: rank {error.rank} on {host} has ended with status {error.status}: {what}; see {self.logs[error.rank].path}",
+            f"runtime=ray: rank {error.rank} on {host} has ended with status {error.status}: {what}; "
+            f"see {self.logs[error.rank].path}",
             file=sys.stderr,
             flush=True,
         )
@@ -141,12 +142,13 @@ class Run:
                 self.actors[rank] = None
                 lines = [line.strip() for line in str(found).splitlines() if line.strip()] or [type(found).__name__]
                 raise UserError(
-                    f"runtime=ray: a node for rank {rank}, with this package at {package_path().split(os.pathsep)[0]}; got {lines[-1][:300]}; "
-                    "see ray status, and that all nodes have the package and these files"
+                    f"runtime=ray: a node for rank {rank}, with this package at {package_path().split(os.pathsep)[0]}; "
+                    f"got {lines[-1][:300]}; see ray status, and that all nodes have the package and these files"
                 )
             if found["version"] != __version__:
                 raise UserError(
-                    f"runtime=ray: r1mega {__version__} on every node; got {found['version']} on {found['host']}; install this one there"
+                    f"runtime=ray: r1mega {__version__} on every node; got {found['version']} on {found['host']}; "
+                    "install this one there"
                 )
         self.places = places
 

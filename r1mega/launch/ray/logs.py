@@ -1,4 +1,4 @@
-"""What the roles say: a file each in the run's folder, rank 0's on the terminal too, and of a role that has failed the telling line."""
+"""What the roles say: a file each in the run's folder, rank 0's on the terminal too; of a role that has failed the telling line."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The servers of a run on Ray: an actor each, started when rank 0 says what they are to be, started again when they die.
 
-In: answers of rank 0's actor and of the servers' own, asked by :mod:`driver` in its loop. Out: :attr:`Servers.table`, which the ranks'
-rosters read. A server whose process has died starts again in its actor; one whose actor or node is gone in a new actor, on a node
-that can hold it: it then has another address.
+In: answers of rank 0's actor and of the servers' own, asked by :mod:`driver` in its loop. Out: :attr:`Servers.table`, which the
+ranks' rosters read. A server whose process has died starts again in its actor; one whose actor or node is gone in a new actor, on a
+node that can hold it: it then has another address.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ END_SECONDS = 25.0
 
 @dataclass
 class Held:
-    """One server. ``begun``: its actor has been told to start it; ``call``: a question under way; ``start``: how often it was ready."""
+    """One server. ``begun``: its actor has been told to start it; ``call``: a question under way; ``start``: times it was ready."""
 
     index: int
     log: Log
@@ -37,7 +37,6 @@ class Held:
     url: str = ""
     start: int = 0
     alive: bool = False
-    sent: list[Any] = field(default_factory=list)
 
 
 class Servers:
@@ -120,7 +119,7 @@ class Servers:
             choice = replace(choice, first_gpu=first)
         one.log.begin(f"server {one.index} on {place['host']} ({place['address']})")
         one.begun = True
-        one.sent = [one.actor.begin.remote(choice, self.wanted, one.index, env, self.cwd, str(one.log.path))]
+        one.actor.begin.remote(choice, self.wanted, one.index, env, self.cwd, str(one.log.path))
 
     def _died(self, one: Held, said: str) -> None:
         was_ready, one.alive = one.start > 0, False
@@ -130,7 +129,8 @@ class Servers:
             self._fail(text)
         elif self.deaths >= self.config.engine.restarts:
             self._fail(
-                f"engine.restarts: at most {self.config.engine.restarts} in a run; got one more death of server {one.index}: {said}; {where}"
+                f"engine.restarts: at most {self.config.engine.restarts} in a run; got one more death of server {one.index}: {said}; "
+                f"{where}"
             )
         else:
             self.deaths += 1

@@ -99,7 +99,8 @@ class Roster:
             now = time.monotonic()
             if now - began > self._seconds:
                 raise UserError(
-                    f"engine.start_seconds: the runtime starts the servers; got none in {self._seconds:.0f} s; see out/logs, or raise it"
+                    f"engine.start_seconds: the runtime starts the servers; got none in {self._seconds:.0f} s; see out/logs, or "
+                    "raise it"
                 )
             if now - told > TELL_SECONDS:
                 told = now
