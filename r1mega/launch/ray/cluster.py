@@ -227,7 +227,7 @@ class Cluster:
 
 
 def check_resources(nodes: Sequence[Mapping[str, float]], wanted: Sequence[Need]) -> None:
-    """Raise UserError, one line, where no empty cluster of these nodes could hold ``wanted``. ``nodes``: of each Ray's resources."""
+    """Raise UserError, one line, where no empty cluster of these nodes could hold ``wanted``. ``nodes``: resources of each."""
     hosts = [need for need in wanted if need.role == "ranks"]
     for resource, key in (("GPU", "gpus"), ("CPU", "cpus")):
         needed, there = sum(getattr(need, key) for need in wanted), int(sum(node.get(resource, 0) for node in nodes))

@@ -26,7 +26,8 @@ END_SECONDS = 25.0
 
 @dataclass
 class Held:
-    """One server. ``begun``: its actor has been told to start it; ``call``: a question under way; ``start``: times it was ready."""
+    """One server. ``begun``: its actor has been told to start it; ``call``: a question under way; ``start``: times it was
+    ready; ``told``: the call that started it."""
 
     index: int
     log: Log
@@ -37,6 +38,7 @@ class Held:
     url: str = ""
     start: int = 0
     alive: bool = False
+    told: Any = None
 
 
 class Servers:
@@ -88,8 +90,10 @@ class Servers:
 
     def _take(self, one: Held, answer: Any) -> None:
         if isinstance(answer, Exception):
+            told = self.cluster.ask([one.told], 1, each=lambda error: error)[0] if one.told is not None else None
+            lines = str(told if isinstance(told, Exception) else answer).strip().splitlines()  # it may not even have begun
             self._drop(one)
-            self._died(one, f"its actor is gone: {' '.join(str(answer).split())[:200]}")
+            self._died(one, f"its actor is gone: {lines[-1].strip()[:200]}")
         elif not one.begun:
             self._start(one, answer)
         else:
@@ -119,7 +123,7 @@ class Servers:
             choice = replace(choice, first_gpu=first)
         one.log.begin(f"server {one.index} on {place['host']} ({place['address']})")
         one.begun = True
-        one.actor.begin.remote(choice, self.wanted, one.index, env, self.cwd, str(one.log.path))
+        one.told = one.actor.begin.remote(choice, self.wanted, one.index, env, self.cwd, str(one.log.path))
 
     def _died(self, one: Held, said: str) -> None:
         was_ready, one.alive = one.start > 0, False
@@ -129,8 +133,8 @@ class Servers:
             self._fail(text)
         elif self.deaths >= self.config.engine.restarts:
             self._fail(
-                f"engine.restarts: at most {self.config.engine.restarts} in a run; got one more death of server {one.index}: {said}; "
-                f"{where}"
+                f"engine.restarts: at most {self.config.engine.restarts} in a run; got one more death of server {one.index}: "
+                f"{said}; {where}"
             )
         else:
             self.deaths += 1
@@ -145,7 +149,7 @@ class Servers:
     def _drop(self, one: Held) -> None:
         if one.actor is not None:
             self.cluster.ray.kill(one.actor)
-        one.actor = one.call = None
+        one.actor = one.call = one.told = None
 
     def end(self) -> None:
         """End all of them and their actors."""
