@@ -23,7 +23,7 @@ from r1mega import __version__
 from r1mega.config.errors import STOPPED, UserError
 from r1mega.config.launch_rules import VISIBLE_VARIABLE, num_processes
 from r1mega.config.rl import RlConfig
-from r1mega.config.runtime_rules import needs
+from r1mega.config.runtime_rules import PASSED_ON, needs
 from r1mega.launch.local import RESULT_VARIABLE, LaunchError
 from r1mega.launch.ray.actors import RankActor
 from r1mega.launch.ray.cluster import Cluster, joined, package_path, said
@@ -40,9 +40,6 @@ END_SECONDS = 5.0
 
 LOST = 128 + signal.SIGKILL
 """Status of a rank whose actor or node is gone."""
-
-PASSED_ON = ("R1MEGA_", "NCCL_", "GLOO_", "TORCH_", "HF_", "WANDB_", "SGLANG_", "OMP_")
-"""Starts of names of this process's variables that the roles get too; others by ``runtime.environment``."""
 
 
 def start(rank: Sequence[str], config: RlConfig, env: Mapping[str, str], final: Sequence[int]) -> bool:
