@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import socket
 import subprocess
@@ -120,7 +121,7 @@ def test_no_cluster_here(monkeypatch, tmp_path: Path) -> None:
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where a cluster of this machine says that it is there
-    monkeypatch.setattr(services, "find_gcs_addresses", set)  # of another test's
+    monkeypatch.setattr(services, "_cached_find_gcs_addresses", functools.cache(set))  # else it finds another test's
     assert fault().startswith(
         "runtime.address: a Ray cluster that this machine has joined, for auto; got none; use ray start --head here"
     )
