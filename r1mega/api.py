@@ -66,11 +66,15 @@ COMMANDS: dict[str, Command] = {
     ),
     "chat": Command("r1mega.eval.chat:chat", "talk to a checkpoint", saves=False),
     "timeline": Command(
-        "r1mega.report.timeline:timeline", "what each rank of a pipeline does when, and its idle time", all_ranks=False, saves=False
+        "r1mega.report.timeline:timeline",
+        "what each rank of a pipeline, or each sample of an rl run, does when",
+        all_ranks=False,
+        saves=False,
     ),
     "lineage": Command(
         "r1mega.train.lineage:lineage", "where a checkpoint comes from, each ancestor by its hash", all_ranks=False, saves=False
     ),
+    "why": Command("r1mega.report.why:why", "where the tokens of an rl run's rollout came from", all_ranks=False, saves=False),
     "bench": Command("r1mega.testing.measure.run:bench", "ops, a MoE layer or a training step, measured", all_ranks=False),
     "doctor": Command("r1mega.doctor.report:doctor", "what is here and usable, what is missing", all_ranks=False, saves=False),
     "completion": Command(
@@ -293,6 +297,11 @@ def timeline(*overrides: Any) -> Any:
 def lineage(*overrides: Any) -> Any:
     """Where a checkpoint comes from: ``lineage("checkpoint=runs/x")``, or one LineageConfig."""
     return _call("lineage", overrides)
+
+
+def why(*overrides: Any) -> Any:
+    """Where a rollout's tokens came from: ``why("run=runs/x", "step=3")``, or one WhyConfig."""
+    return _call("why", overrides)
 
 
 def bench(*overrides: Any) -> Any:

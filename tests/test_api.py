@@ -94,7 +94,7 @@ def test_a_ready_config_without_choices_is_refused(stub) -> None:
     with pytest.raises(UserError) as caught:
         api.rl(config)
     lines = str(caught.value).splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["advantage", "policy_loss", "engine"]
+    assert [line.partition(":")[0] for line in lines] == ["advantage", "policy_loss", "engine", "push", "environment"]
     assert lines[0] == "advantage: a choice is needed; got null; give one of dr_grpo, grpo, reinforce++, rloo"
 
 

@@ -19,7 +19,7 @@ from r1mega.config.data import CompareConfig, PrepareConfig, ReportConfig
 from r1mega.config.errors import UserError, Violation
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RlConfig
 from r1mega.config.run import ComputeConfig
-from r1mega.config.tools import LineageConfig
+from r1mega.config.tools import LineageConfig, WhyConfig
 from r1mega.config.train import PretrainConfig, SftConfig
 from r1mega.files.records import rows_below
 
@@ -57,7 +57,7 @@ def violations(config: Any) -> Iterator[Violation]:
         yield from _file("data.problems", config.data.problems)
     if isinstance(config, PrepareConfig):
         yield from _prepare(config)
-    if isinstance(config, ReportConfig):
+    if isinstance(config, ReportConfig | WhyConfig):
         yield from _folder("run", config.run, "a run's folder")
     if isinstance(config, CompareConfig):
         yield from _compared(config.run)

@@ -94,13 +94,20 @@ class RolloutConfig:
     )
     oversample: float = knob(
         1.0,
-        "groups begun as a multiple of those wanted; the first to end are taken, the others go on into the next rollout, one more push "
-        "old (1: none, and groups are taken in the order of the questions)",
+        "groups begun as a multiple of those wanted; the first to end are taken, the others go on into the next rollout, one more "
+        "push old (1: none, and groups are taken in the order of the questions)",
         "1",
         **at_least(1),
     )
     overlong: OverlongConfig = knob(OverlongConfig, "responses near the longest length", "section")
     dynamic_sampling: DynamicSamplingConfig = knob(DynamicSamplingConfig, "groups without anything to learn from", "section")
+    routing_replay: str = knob(
+        "none",
+        "experts that tokens take: r3 the engine's in scoring and updates (engine.routed_experts=true), r2 in updates the "
+        "trainer's own of the scoring pass, none what each pass chooses",
+        "name",
+        **one_of("none", "r2", "r3"),
+    )
     ref_refresh_updates: int = knob(
         400, "updates between copies of the policy into the reference; 0: never", "updates", **at_least(0)
     )

@@ -261,6 +261,12 @@ def _algorithm(config: RlConfig) -> Iterator[Violation]:
     if distill == 0 and config.teacher is not None:
         fixes = (("teacher", ("null",)), ("policy_loss.distill_coef", (1.0,)))
         yield Violation("teacher", "null where policy_loss.distill_coef is 0", config.teacher, fixes)
+    if r.routing_replay == "r3" and not getattr(config.engine, "routed_experts", False):
+        fixes = (("engine.routed_experts", (True,)), ("rl.routing_replay", ("r2", "none")))
+        rule, hint = "r2 or none where the engine does not tell its experts", ""
+        if not hasattr(config.engine, "routed_experts"):
+            fixes, hint = fixes[1:], "or an engine with routed_experts: local, sglang"
+        yield Violation("rl.routing_replay", rule, "r3", fixes, hint)
     low, high = (getattr(config.policy_loss, f"correction_{side}", None) for side in ("low", "high"))
     if getattr(config.policy_loss, "correction", None) == "mask" and low > high:
         rule = f"with correction=mask at most policy_loss.correction_high {high}"

@@ -166,6 +166,10 @@ class LogConfig:
 
     wandb: bool = knob(False, "mirror metric lines and config to Weights & Biases (extra wandb); WANDB_MODE=offline works", "bool")
     project: str = knob("r1mega", "the project there; the run has this run's name", "name")
+    prometheus_port: int = knob(
+        0, "port at which rank 0 serves the newest metric line to Prometheus, at /metrics; 0: none", "port", **between(0, 65535)
+    )
+    prometheus_host: str = knob("127.0.0.1", "address of that port; 0.0.0.0: for other machines too", "address")
 
 
 @dataclass

@@ -19,7 +19,7 @@ from r1mega.config.convert import ConvertConfig
 from r1mega.config.data import CompareConfig, PrepareConfig, RecipeConfig, ReportConfig
 from r1mega.config.errors import UserError, nearest
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RlConfig
-from r1mega.config.tools import CompletionConfig, DoctorConfig, LineageConfig, TimelineConfig
+from r1mega.config.tools import CompletionConfig, DoctorConfig, LineageConfig, TimelineConfig, WhyConfig
 from r1mega.config.train import PretrainConfig, SftConfig
 
 SCHEMAS: dict[str, type] = {
@@ -36,6 +36,7 @@ SCHEMAS: dict[str, type] = {
     "chat": ChatConfig,
     "timeline": TimelineConfig,
     "lineage": LineageConfig,
+    "why": WhyConfig,
     "bench": BenchConfig,
     "doctor": DoctorConfig,
     "completion": CompletionConfig,

@@ -1,4 +1,4 @@
-"""``r1mega doctor``, ``r1mega completion``, ``r1mega timeline`` and ``r1mega lineage``: what they take."""
+"""``r1mega doctor``, ``r1mega completion``, ``r1mega timeline``, ``r1mega lineage`` and ``r1mega why``: what they take."""
 
 from __future__ import annotations
 
@@ -45,9 +45,12 @@ class TimelineConfig(RunConfig):
     """``r1mega timeline``: what each pipeline rank does when, as SVG and text, and the share of time in which it idles.
 
     With ``run=FOLDER`` what a training ran, recorded with ``profile=true``; else a simulation of ``pipeline=`` with given times.
+    Of a run of ``r1mega rl`` when each sample was generated, judged and used, from its ledger, as a trace for Perfetto or Chrome
+    (timeline.json in the run's folder).
     """
 
     run: str | None = knob(None, "folder of a run whose newest recorded step is drawn; null: simulate", "path")
+    rollouts: int = knob(8, "newest rollouts of an rl run that are in its trace; 0: all", "rollouts", **at_least(0))
     pipeline: Any = knob(None, "registered choice: the schedule to simulate; None in Python: 1f1b", "choice")
     ranks: int = knob(4, "pipeline ranks to simulate", "ranks", **at_least(1))
     microbatches: int = knob(8, "microbatches of the simulated step", "microbatches", **at_least(1))
@@ -80,3 +83,18 @@ class LineageConfig(RunConfig):
     checkpoint: str = knob(REQUIRED, "a checkpoint, a run or an export", "path")
     hashes: bool = knob(True, "read every file of the ancestors on disk; false: only the digests of their manifests", "bool")
     json: bool = knob(False, "print one JSON object instead of the table", "bool")
+
+
+@dataclass
+class WhyConfig(RunConfig):
+    """``r1mega why``: where the tokens of a rollout came from, by the ledger of an ``r1mega rl`` run.
+
+    With ``step=N`` the samples that rollout N was trained on: problem, weights that drew them, rewards, advantage, update. With
+    ``sample=ID`` one of them with its text. With neither the run's lineage: its starts, returns and rollouts, and whether each
+    sample was used exactly once; exit status 1 where that does not hold.
+    """
+
+    run: str = knob(REQUIRED, "folder of an r1mega rl run", "path")
+    step: int | None = knob(None, "a rollout; null: the lineage of all", "rollout", **at_least(1))
+    sample: str | None = knob(None, "a sample's id, as step= shows it", "id")
+    json: bool = knob(False, "print one JSON object instead of tables", "bool")

@@ -1,8 +1,9 @@
-"""The stream of problems that reinforcement learning asks: shuffled epochs in which every place has a number, and what is done of it.
+"""The stream of problems that reinforcement learning asks: shuffled epochs in which every place has a number, and what is done of
+it.
 
 In: a list of problems; out: numbers and problems. Number n is the same problem in every run with the same file and seed. Ranks
-share the stream: of R ranks, rank r takes the numbers that leave r when divided by R. What has been taken is not done yet: a run that
-ends takes again what it had taken and not finished, so that no question is lost and none is asked twice.
+share the stream: of R ranks, rank r takes the numbers that leave r when divided by R. What has been taken is not done yet: a run
+that ends takes again what it had taken and not finished, so that no question is lost and none is asked twice.
 """
 
 from __future__ import annotations

@@ -29,11 +29,10 @@ def chat(config: ChatConfig) -> dict[str, Any]:
         for number, question in enumerate(_questions(config.prompt)):
             seed = random.Random(f"{config.seed}:chat:{number}").getrandbits(62)
             prompt = encode_prompt(tokenizer, question)
-            room = policy.model_config.max_position_embeddings - len(prompt)
+            context = policy.model_config.max_position_embeddings
+            room = context - len(prompt)
             if room < 1:
-                raise UserError(
-                    f"question: it fits the model's {policy.model_config.max_position_embeddings} tokens; got {len(prompt)}; shorten it"
-                )
+                raise UserError(f"question: it fits the model's {context} tokens; got {len(prompt)}; shorten it")
             sampling = replace(config.sampling, max_new_tokens=min(config.sampling.max_new_tokens, room))
             (completion,) = generate(engine, [Request(prompt, sampling, seed)])
             text = tokenizer.decode(completion.token_ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from r1mega.model.build import without_mtp
 from r1mega.model.context import ALONE, ContextPart
 from r1mega.model.outputs import Hidden
+from r1mega.model.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -67,42 +70,55 @@ def token_losses(model: torch.nn.Module, batch: TokenTensors) -> torch.Tensor:
     )
 
 
-def logits(model: torch.nn.Module, tokens_BS: torch.Tensor, part: ContextPart = ALONE) -> torch.Tensor:
+def logits(
+    model: torch.nn.Module, tokens_BS: torch.Tensor, part: ContextPart = ALONE, replay: Replay | None = None
+) -> torch.Tensor:
     """Logits of the main head, float32 ``[B, S, V]``; each row one causal sequence, padded on the right.
 
     V is without the rows of ``vocab_padding``, which are no tokens; of several tensor ranks each has its own part of V. With
     several context ranks ``tokens_BS`` and the logits are those of this rank's parts. A stage without the head gives its hidden
-    states.
+    states. ``replay``: what the routers are told and tell.
     """
     inner = _stage(model)
-    with without_mtp(inner):
+    with _alone(inner, replay):
         output = model(tokens_BS, _positions(tokens_BS, part), None)
     return output[..., : _num_tokens(inner, output.shape[-1])].float() if inner.post_process else output
 
 
-def whole_logits(model: torch.nn.Module, tokens_BS: torch.Tensor, part: ContextPart = ALONE) -> torch.Tensor:
+def whole_logits(
+    model: torch.nn.Module, tokens_BS: torch.Tensor, part: ContextPart = ALONE, replay: Replay | None = None
+) -> torch.Tensor:
     """:func:`logits` with all of V on every tensor rank; the gradient goes back to the ranks' own parts."""
     inner = _stage(model)
     group = inner.pg_collection.tp
     if not inner.post_process or group.size() == 1:
-        return logits(model, tokens_BS, part)
+        return logits(model, tokens_BS, part, replay)
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    with without_mtp(inner):
+    with _alone(inner, replay):
         own = model(tokens_BS, _positions(tokens_BS, part), None)
     whole = gather_from_tensor_model_parallel_region(own, group=group)
     return whole[..., : whole.shape[-1] - getattr(inner, "vocab_padding", 0)].float()
 
 
-def hidden(model: torch.nn.Module, tokens_BS: torch.Tensor, part: ContextPart = ALONE) -> Hidden | torch.Tensor:
+def hidden(
+    model: torch.nn.Module, tokens_BS: torch.Tensor, part: ContextPart = ALONE, replay: Replay | None = None
+) -> Hidden | torch.Tensor:
     """What :func:`logits` are made of, with one tensor rank: the head's input and the head. A stage without it as there."""
     inner = _stage(model)
     if not inner.post_process:
-        return logits(model, tokens_BS, part)
-    with without_mtp(inner), inner.without_logits():
+        return logits(model, tokens_BS, part, replay)
+    with _alone(inner, replay), inner.without_logits():
         output_BSD = model(tokens_BS, _positions(tokens_BS, part), None)
     weight_VD = inner.head_weight()
     return Hidden(output_BSD, weight_VD, _num_tokens(inner, len(weight_VD)))
+
+
+@contextlib.contextmanager
+def _alone(stage: torch.nn.Module, replay: Replay | None) -> Iterator[None]:
+    """The main head's forward pass, without MTP, with a microbatch's routing."""
+    with without_mtp(stage), contextlib.nullcontext() if replay is None else replay.at(stage):
+        yield
 
 
 def _stage(model: torch.nn.Module) -> torch.nn.Module:

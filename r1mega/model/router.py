@@ -1,15 +1,18 @@
 """The router of a MoE layer: Megatron's ``TopKRouter`` with the op ``route`` for its choice; gate, losses and state are its own.
 
-Logits ``[S, B, E]`` in, probabilities and map ``[S * B, E]`` out. Refuses the options in :data:`REFUSED` and Sinkhorn, which the op
-does not have.
+Logits ``[S, B, E]`` in, probabilities and map ``[S * B, E]`` out; a :class:`r1mega.model.replay.Replay` may say which experts
+tokens take. Refuses the options in :data:`REFUSED` and Sinkhorn, which the op does not have.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
 
+from r1mega.model.replay import Replay
 from r1mega.ops.route import route
 
 REFUSED = ("moe_expert_capacity_factor", "moe_router_fusion", "moe_enable_routing_replay")
@@ -27,7 +30,12 @@ def check_router(config) -> None:
 
 
 class Router(TopKRouter):
-    """Scores, choice, probabilities and counts in one op. It adds no state: a ``TopKRouter`` becomes one by its ``__class__``."""
+    """Scores, choice, probabilities and counts in one op. It adds no state: a ``TopKRouter`` becomes one by its ``__class__``.
+
+    ``replay``: of the forward pass that runs, which it alone sets. The balance losses see the router's own scores in any case.
+    """
+
+    replay: Replay | None = None
 
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """``[S, B, E]`` to probabilities (the logits' dtype) and map (bool), both ``[S * B, E]``.
@@ -40,7 +48,8 @@ class Router(TopKRouter):
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_T)
         pre_softmax = "softmax" if config.moe_router_pre_softmax else "topk_softmax"
-        routed = route(
+        choose = route if self.replay is None else functools.partial(self.replay.route, self.layer_number - 1)
+        routed = choose(
             logits_TE,
             self.expert_bias,
             top_k=self.topk,

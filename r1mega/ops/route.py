@@ -63,6 +63,57 @@ def route(
     return Routed(*ROUTE.packet(logits_TE, bias_E, top_k, num_groups, topk_groups, score_function, scale))
 
 
+def route_within(
+    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, given_TK: torch.Tensor, **how
+) -> tuple[Routed, torch.Tensor]:
+    """:func:`route` where some tokens' experts are given (routing replay), and the map of the choice without, bool ``[T, E]``.
+
+    ``given_TK``: whole numbers, each token's ``top_k`` different experts in any order, or -1 for a token that chooses for itself;
+    ``how``: as :func:`route`. A given token's probabilities are the same formulas of its own logits, inside the given set: neither
+    bias nor groups have a part in them. Counts are those of the experts that are taken. Where the given set is the token's own
+    choice, so are the bits of its probabilities and of the gradient.
+    """
+    *taken, own_map_TE = _Within.apply(logits_TE, bias_E, given_TK, how)
+    return Routed(*taken), own_map_TE
+
+
+class _Within(torch.autograd.Function):
+    """The op's own choice, then other experts for the tokens that were given others; its backward pass takes any map."""
+
+    @staticmethod
+    def forward(ctx, logits, bias, given, how):
+        ctx.how = score_function, top_k, scale = how.get("score_function", "sigmoid"), how["top_k"], how.get("scale", 1.0)
+        own = route(logits, bias, **how)
+        is_given = given[:, :1] >= 0
+        experts = given.clamp(min=0).long().sort(dim=1).values  # one order of the sum, whatever the order they came in
+        there = torch.zeros_like(own.routing_map_TE).scatter_(1, experts, True)
+        routing_map = torch.where(is_given, there, own.routing_map_TE)
+        wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        inside = (_probs_of(wide, experts, top_k, score_function) * scale).to(logits.dtype)
+        is_other = (routing_map != own.routing_map_TE).any(dim=1, keepdim=True)
+        probs = torch.where(is_other, torch.zeros_like(own.probs_TE).scatter_(1, experts, inside), own.probs_TE)
+        counts = routing_map.sum(0)
+        offsets = counts.cumsum(0)
+        ctx.save_for_backward(logits, routing_map)
+        ctx.mark_non_differentiable(routing_map, counts, offsets, own.routing_map_TE)
+        return probs, routing_map, counts, offsets, own.routing_map_TE
+
+    @staticmethod
+    def backward(ctx, grad_probs, *_):
+        logits, routing_map = ctx.saved_tensors
+        return ROUTE_BACKWARD.packet(grad_probs, logits, routing_map, *ctx.how), None, None, None
+
+
+def _probs_of(wide: torch.Tensor, chosen: torch.Tensor, top_k: int, score_function: str) -> torch.Tensor:
+    """What each of the chosen experts weighs, without the scale."""
+    if score_function == "softmax":
+        return wide.softmax(-1).gather(1, chosen)
+    if score_function == "topk_softmax":
+        return wide.gather(1, chosen).softmax(-1)
+    probs = wide.gather(1, chosen).sigmoid()
+    return probs / (probs.sum(-1, keepdim=True) + TINY) if top_k > 1 else probs
+
+
 def _descending(scores: torch.Tensor, best: int) -> torch.Tensor:
     """Indices of the best along the last dimension, equal ones in their order."""
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :best]
@@ -93,13 +144,7 @@ def _route_reference(logits, bias, top_k, num_groups, topk_groups, score_functio
     wide = logits.to(accumulate)
     with torch.no_grad():
         chosen = _choose(wide.detach(), bias, top_k, num_groups, topk_groups, score_function)
-    if score_function == "softmax":
-        probs = wide.softmax(-1).gather(1, chosen)
-    elif score_function == "topk_softmax":
-        probs = wide.gather(1, chosen).softmax(-1)
-    else:
-        probs = wide.gather(1, chosen).sigmoid()
-        probs = probs / (probs.sum(-1, keepdim=True) + TINY) if top_k > 1 else probs
+    probs = _probs_of(wide, chosen, top_k, score_function)
     probs = (probs * scale).to(logits.dtype)
     routing_map = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device).scatter(1, chosen, True)
     counts = routing_map.sum(0)

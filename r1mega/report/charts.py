@@ -14,6 +14,7 @@ from r1mega.report.curves import (
     HEALTH,
     LOSS,
     MTP_LOSS,
+    PACE,
     RATE,
     REWARD,
     REWARDS,
@@ -26,6 +27,8 @@ from r1mega.report.curves import (
 )
 from r1mega.report.plot import NUM_COLOURS, Bar, Mark, Series, bar_plot, heat_map, line_plot, stacked_bars
 from r1mega.report.readers import Event, Run, StageRun
+from r1mega.report.samples import newest
+from r1mega.report.spans import sample_plot
 
 CONTROL = 4  # the colour of a control in every plot
 
@@ -38,8 +41,18 @@ KINDS_OF_EVENT = (("skip", "step skipped", 6), ("roll", "rolled back", 4))
 Section = tuple[str, str, list[str]]
 """Title, one sentence on how to read it, figures as HTML."""
 
-PHASES = {"rollout": "generation", "reward": "reward", "score": "rescoring", "train": "training", "push": "weight push"}
-"""``seconds_<key>`` of a metric line to the phase's name."""
+PHASES = {
+    "rollout": "generation",
+    "reward": "reward",
+    "value": "advantages",
+    "score": "rescoring",
+    "train": "training",
+    "push": "weight push",
+}
+"""``seconds_<key>`` of a metric line to the phase's name. Only runs of earlier versions have a phase of rewards."""
+
+SHOWN_ROLLOUTS = 4
+"""Newest rollouts of which the page shows every sample."""
 
 
 def sections(run: Run) -> list[Section]:
@@ -57,7 +70,11 @@ def _all(run: Run) -> list[Section]:
         (
             "Reinforcement",
             "What the policy was rewarded for, over the optimizer's updates.",
-            [_lines(curve, reinforced, colours, UPDATE) for curve in REWARDS],
+            [
+                *(_lines(curve, reinforced, colours, UPDATE) for curve in REWARDS),
+                *(_by_source(stage) for stage in reinforced),
+                *(_by_reward(stage) for stage in reinforced),
+            ],
         ),
         (
             "Health of the updates",
@@ -65,6 +82,17 @@ def _all(run: Run) -> list[Section]:
             [_lines(curve, reinforced, colours, UPDATE) for curve in HEALTH],
         ),
         ("Experts", "How evenly tokens spread over the routed experts; 1 is an equal share.", _experts(run, colours)),
+        (
+            "Pace of reinforcement",
+            "How fast responses are made and trained on, and who waits for whom.",
+            [_lines(curve, reinforced, colours, UPDATE) for curve in PACE],
+        ),
+        (
+            "Samples",
+            "Each row is a response, from the first begun to the last: generated, judged, waiting until its rollout was trained "
+            "on. Above them what the trainer did.",
+            [_samples(stage) for stage in reinforced],
+        ),
         ("Time", "Where the wall clock went.", [_stage_seconds(run), _phases(reinforced)]),
     ]
 
@@ -74,6 +102,31 @@ def _lines(curve: Curve, stages: Sequence[StageRun], colours: Mapping[str, int],
     series = [Series(one.name, one.points(curve.key, curve.factor), colours[one.name], one.is_control) for one in stages]
     happened = marks((f"{one.name}, ", event) for one in stages for event in one.events) if curve in MARKED else []
     return line_plot(series, x_label, curve.y_label, title=curve.title, marks=happened, **curve.more)
+
+
+def _by_source(stage: StageRun) -> str:
+    """Reward of the problems of each source; of more sources than colours those that came up most often."""
+    keys = dict.fromkeys(key for line in stage.metrics for key in line if key.startswith("reward/"))
+    found = sorted(((key, stage.points(key)) for key in keys), key=lambda pair: (-len(pair[1]), pair[0]))
+    series = [Series(key.partition("/")[2], points, colour) for colour, (key, points) in enumerate(found[:NUM_COLOURS])]
+    note = f"{NUM_COLOURS} of {len(found)} sources; metrics.jsonl has all." if len(found) > NUM_COLOURS else ""
+    return line_plot(series, UPDATE, REWARD.y_label, title=f"Reward by source: {stage.name}", note=note)
+
+
+def _by_reward(stage: StageRun) -> str:
+    """The mean of each reward before its weight."""
+    settings = stage.settings.get("config")
+    reward = settings.get("reward") if isinstance(settings, dict) else None
+    if not isinstance(reward, dict):
+        return ""
+    parts = [reward.get("weights"), *(reward.get("by_source") or {}).values()]
+    names = list(dict.fromkeys(name for part in parts if isinstance(part, dict) for name in part))
+    series = [Series(name, stage.points(name), colour) for colour, name in enumerate(names[:NUM_COLOURS])]
+    return line_plot(series, UPDATE, "mean value (points)", title=f"Reward by name: {stage.name}", note="Before weights.")
+
+
+def _samples(stage: StageRun) -> str:
+    return sample_plot(newest(stage.samples, SHOWN_ROLLOUTS), stage.phases, title=f"Samples: {stage.name}")
 
 
 def _colours(stages: Sequence[StageRun]) -> dict[str, int]:

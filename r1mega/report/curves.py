@@ -41,8 +41,10 @@ REWARDS = (
     Curve("accuracy", "Accuracy on training problems", "correct (% of responses)", 100.0, _SHARE),
     Curve("format", "Format", "right format (% of responses)", 100.0, _SHARE),
     Curve("response_length", "Response length", "response length (tokens)", more={"y_range": (0.0, 1.0)}),
+    Curve("response_length_max", "Longest response", "response length (tokens)", more={"y_range": (0.0, 1.0)}),
     Curve("truncated", "Truncated responses", "cut off (% of responses)", 100.0, _RARE),
     Curve("flat_groups", "Groups without a signal", "equal rewards (% of groups)", 100.0, _RARE),
+    Curve("dropped_groups", "Groups left out", "dropped / trained on (ratio)", more={"y_range": (0.0, 0.0)}),
 )
 HEALTH = (
     Curve("kl", "KL to the reference", "KL (nats per token)"),
@@ -50,7 +52,19 @@ HEALTH = (
     Curve("clip_share", "Clipped ratios", "clipped (% of tokens)", 100.0, {"y_range": (0.0, 1.0)}),
     Curve("rollout_diff_max", "Train / rollout difference, largest", "|log p difference| (nats)", more=_GAP),
     Curve("rollout_diff_mean", "Train / rollout difference, mean", "|log p difference| (nats)", more=_GAP),
+    Curve("staleness", "Staleness, mean of all tokens", "weights behind (updates)", more={"y_range": (0.0, 1.0)}),
+    Curve("staleness_max", "Staleness, largest", "weights behind (updates)", more={"y_range": (0.0, 1.0)}),
     GRAD_NORM,
+)
+PACE = (
+    Curve("generated_tokens_per_second", "Generation", "generated (tokens / second)", more={"y_range": (0.0, 1.0)}),
+    SPEED,
+    Curve("idle_share", "Trainer waits for responses", "waiting (% of the time)", 100.0, _SHARE),
+    Curve("engine_idle_share", "Engine without work", "idle (% of the time)", 100.0, _SHARE),
+    Curve("push_seconds", "Weight push", "time (seconds)", more={"y_range": (0.0, 0.0)}),
+    Curve("push_gbps", "Weight push, speed", "sent (GB / second)", more={"y_range": (0.0, 0.0)}),
+    Curve("reward_seconds", "Judging", "time (seconds)", more={"y_range": (0.0, 0.0)}),
+    Curve("slowest_reward_seconds", "Slowest call of a reward", "time (seconds)", more={"y_range": (0.0, 0.0)}),
 )
 OTHERS = (
     Curve("loss", "Objective", "what is minimised (no unit)"),
@@ -67,5 +81,5 @@ OTHERS = (
     Curve("batch", "Batch", "batch (sequences)", more={"y_range": (0.0, 1.0)}),
     Curve("tokens", "Tokens", "tokens so far (count)"),
 )
-EVERY = (LOSS, VALID_LOSS, MTP_LOSS, *REWARDS, *HEALTH, SPEED, RATE, *OTHERS)
+EVERY = (LOSS, VALID_LOSS, MTP_LOSS, *REWARDS, *HEALTH, *PACE, RATE, *OTHERS)
 """All that have a name, in reading order; a report shows those before OTHERS, a comparison all."""

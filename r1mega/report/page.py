@@ -19,7 +19,10 @@ from r1mega.report.charts import event_text, sections
 from r1mega.report.plot import PLOT_CSS
 from r1mega.report.problems import problems_html
 from r1mega.report.readers import Run, StageRun, read_run
+from r1mega.report.samples import slowest
 
+MOST_SLOW = 12
+"""Slowest calls of rewards of one stage that the page lists."""
 MOST_EVENTS = 30
 """Events of one stage that the page lists."""
 
@@ -110,7 +113,7 @@ def render(run: Run, target: Path) -> str:
             body.append(_problems(run))
     if not charts:
         body.append(_problems(run))
-    body += [_links(run, target), _environment(run)]
+    body += [_slowest(run), _links(run, target), _environment(run)]
     return html_page(f"{run.name}: r1mega report", "".join(body))
 
 
@@ -248,6 +251,25 @@ def _table(run: Run) -> str:
         f'<div class="card scroll"><table class="stack"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
     return section("Stages", table)
+
+
+def _slowest(run: Run) -> str:
+    """The calls of rewards that took longest, stage by stage; "" where no stage has a ledger."""
+    heads = ("reward", "problem", "seconds", "value", "said", "sample", "rollout")
+    parts = []
+    for stage in run.stages:
+        rows = []
+        for call in slowest(stage.samples, MOST_SLOW):
+            rollout = "-" if call.rollout is None else str(call.rollout)
+            cells = (call.reward, call.problem, f"{call.seconds:.4g}", f"{call.value:.4g}", call.said or "-", call.sample, rollout)
+            rows.append("".join(f'<td data-head="{head}">{escape(cell)}</td>' for head, cell in zip(heads, cells, strict=True)))
+        head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        table = f'<div class="card scroll"><table class="stack"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        if rows:
+            parts.append(f"<details open><summary>{escape(stage.name)}</summary>{table}</details>")
+    says = f'<p class="says">The {MOST_SLOW} longest calls; <code>r1mega why run=DIR sample=ID</code> shows the response.</p>'
+    return section("Slowest rewards", says + "".join(parts) if parts else "")
 
 
 def _row(cells: str, stage: StageRun) -> str:

@@ -124,14 +124,14 @@ def line_plot(
 
     parts = []
     for tick, text in zip(y_ticks, y_texts, strict=True):
-        parts.append(_rule(left, place_y(tick), right, place_y(tick)))
-        parts.append(_text(left - 6, place_y(tick) + 4, text, "end", "tick"))
+        parts.append(rule_svg(left, place_y(tick), right, place_y(tick)))
+        parts.append(text_svg(left - 6, place_y(tick) + 4, text, "end", "tick"))
     for tick, text in zip(x_ticks, x_texts, strict=True):
-        parts.append(_rule(place_x(tick), bottom, place_x(tick), bottom + 4, "axis"))
-        parts.append(_text(place_x(tick), bottom + 18, text, "middle", "tick"))
+        parts.append(rule_svg(place_x(tick), bottom, place_x(tick), bottom + 4, "axis"))
+        parts.append(text_svg(place_x(tick), bottom + 18, text, "middle", "tick"))
     if reference is not None:
-        parts.append(_rule(left, place_y(reference), right, place_y(reference), "ref"))
-    parts.append(_rule(left, bottom, right, bottom, "axis"))
+        parts.append(rule_svg(left, place_y(reference), right, place_y(reference), "ref"))
+    parts.append(rule_svg(left, bottom, right, bottom, "axis"))
     keys = []
     for one, groups in sorted(kept, key=lambda pair: not pair[0].dots):  # lines lie over dots
         spots = [(place_x(x), place_y(mean)) for x, mean, _, _ in groups]
@@ -155,11 +155,11 @@ def line_plot(
     keys += list({mark.kind: (mark.kind, mark.colour, "mark") for mark in marks}.values())
     if reference is not None:
         keys.append((reference_name, 7, "ref"))
-    parts += _axis_labels(x_label, y_label, left, right, top, bottom, HEIGHT)
+    parts += axis_labels(x_label, y_label, left, right, top, bottom, HEIGHT)
     longest = max(len(one.points) for one, _ in kept)
     if longest > MAX_POINTS:
         note = f"{note} Means of {math.ceil(longest / MAX_POINTS)} lines each; the band is from smallest to largest.".strip()
-    return _figure(title, keys, _svg(parts, HEIGHT, title or y_label), note)
+    return whole_figure(title, keys, whole_svg(parts, HEIGHT, title or y_label), note)
 
 
 def bar_plot(
@@ -215,11 +215,11 @@ def _rows_of_bars(rows, highest: float, x_label: str, y_label: str, title: str, 
 
     parts = []
     for tick, text in zip(ticks, tick_texts(ticks), strict=True):
-        parts.append(_rule(place(tick), top, place(tick), bottom))
-        parts.append(_text(place(tick), bottom + 17, text, "middle", "tick"))
+        parts.append(rule_svg(place(tick), top, place(tick), bottom))
+        parts.append(text_svg(place(tick), bottom + 17, text, "middle", "tick"))
     for index, (label, pieces, error, text) in enumerate(rows):
         middle = top + row_height * (index + 0.5)
-        parts.append(_text(left - 7, middle + 4, shorts[index], "end", "", label))
+        parts.append(text_svg(left - 7, middle + 4, shorts[index], "end", "", label))
         start = 0.0
         for value, colour, hollow, name in pieces:
             width = max(place(start + value) - place(start), 0.0)
@@ -235,10 +235,10 @@ def _rows_of_bars(rows, highest: float, x_label: str, y_label: str, title: str, 
             low, end = place(max(start - error, 0.0)), place(start + error)
             cap = f"M{low:.1f},{middle - 4:.1f}v8M{low:.1f},{middle:.1f}H{end:.1f}M{end:.1f},{middle - 4:.1f}v8"
             parts.append(f'<path class="err" d="{cap}"/>')
-        parts.append(_text(end + 6, middle + 4, text, "start"))
-    parts.append(_rule(left, top, left, bottom, "axis"))
-    parts += _axis_labels(x_label, y_label, left, right, top, bottom, height)
-    return _figure(title, keys, _svg(parts, height, title or x_label), note)
+        parts.append(text_svg(end + 6, middle + 4, text, "start"))
+    parts.append(rule_svg(left, top, left, bottom, "axis"))
+    parts += axis_labels(x_label, y_label, left, right, top, bottom, height)
+    return whole_figure(title, keys, whole_svg(parts, height, title or x_label), note)
 
 
 def heat_map(
@@ -279,19 +279,19 @@ def heat_map(
             says = f"{y_label} {names[row_idx]}, {x_label} {column}: {value:.2f}" if len(flat) <= 4096 else ""
             parts.append(cell(left + cell_width * column, y, cell_width, cell_height, value, says))
         if row_idx % row_every == 0:
-            parts.append(_text(left - 6, y + cell_height / 2 + 4, names[row_idx], "end", "tick"))
+            parts.append(text_svg(left - 6, y + cell_height / 2 + 4, names[row_idx], "end", "tick"))
     column_every = max(math.ceil((text_width(str(num_columns)) + 8) / cell_width), 1)
     for column in range(0, num_columns, column_every):
-        parts.append(_text(left + cell_width * (column + 0.5), bottom + 16, str(column), "middle", "tick"))
-    parts += _axis_labels(x_label, y_label, left, right, top, bottom, bottom + 44)
+        parts.append(text_svg(left + cell_width * (column + 0.5), bottom + 16, str(column), "middle", "tick"))
+    parts += axis_labels(x_label, y_label, left, right, top, bottom, bottom + 44)
     steps, scale_top = 21, bottom + 56
     piece = (right - left) / steps
     for index in range(steps):
         parts.append(cell(left + piece * index, scale_top, piece, 8, low + (high - low) * index / (steps - 1)))
     for value, anchor in ((low, "start"), (high, "end")):
-        parts.append(_text(left if anchor == "start" else right, scale_top + 22, f"{value:.2f}", anchor, "tick"))
-    parts.append(_text((left + right) / 2, scale_top + 36, value_label, "middle", "scale"))
-    return _figure(title, [], _svg(parts, height, title or value_label), note)
+        parts.append(text_svg(left if anchor == "start" else right, scale_top + 22, f"{value:.2f}", anchor, "tick"))
+    parts.append(text_svg((left + right) / 2, scale_top + 36, value_label, "middle", "scale"))
+    return whole_figure(title, [], whole_svg(parts, height, title or value_label), note)
 
 
 def text_width(text: str) -> float:
@@ -364,27 +364,31 @@ def _spread(low: float, high: float) -> tuple[float, float]:
     return (low, high) if high > low else (low - (abs(low) or 1.0) * 0.5, high + (abs(high) or 1.0) * 0.5)
 
 
-def _rule(x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> str:
+def rule_svg(x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> str:
+    """A line of the class ``kind``."""
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "", title: str = "") -> str:
+def text_svg(x: float, y: float, text: str, anchor: str, kind: str = "", title: str = "") -> str:
+    """A text at ``anchor`` (start, middle, end), of the class ``kind``; ``title``: shown under the pointer."""
     full = f"<title>{escape(title)}</title>" if title and title != text else ""
     mark = f' class="{kind}"' if kind else ""
     return f'<text{mark} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{full}{escape(text)}</text>'
 
 
-def _axis_labels(x_label: str, y_label: str, left: float, right: float, top: float, bottom: float, height: float) -> list[str]:
+def axis_labels(x_label: str, y_label: str, left: float, right: float, top: float, bottom: float, height: float) -> list[str]:
+    """Both labels of an area, cut where they are longer than the picture."""
     middle_x, middle_y = (left + right) / 2, (top + bottom) / 2
     x_label, y_label = shorten(x_label, 2 * min(middle_x, WIDTH - middle_x)), shorten(y_label, 2 * min(middle_y, height - middle_y))
     turn = f"translate(13 {middle_y:.1f}) rotate(-90)"
     return [
-        _text(middle_x, height - 8, x_label, "middle", "axis-x"),
+        text_svg(middle_x, height - 8, x_label, "middle", "axis-x"),
         f'<text class="axis-y" x="0" y="0" text-anchor="middle" transform="{turn}">{escape(y_label)}</text>',
     ]
 
 
-def _svg(parts: Iterable[str], height: float, label: str) -> str:
+def whole_svg(parts: Iterable[str], height: float, label: str) -> str:
+    """The picture."""
     return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
 
 
@@ -412,8 +416,8 @@ _KEYS = {
 }
 
 
-def _figure(title: str, keys: Sequence[tuple[str, int, str]], svg: str, note: str) -> str:
-    """``keys``: (name, colour, look) of each legend entry."""
+def whole_figure(title: str, keys: Sequence[tuple[str, int, str]], svg: str, note: str) -> str:
+    """Picture, title, legend and note. ``keys``: (name, colour, look) of each legend entry."""
     entries = "".join(
         f'<li class="c{colour % NUM_COLOURS}"><svg viewBox="0 0 22 10" aria-hidden="true">{_KEYS[look]}</svg>{escape(name)}</li>'
         for name, colour, look in keys

@@ -20,6 +20,7 @@ import yaml
 
 from r1mega import provenance
 from r1mega.config.errors import UserError
+from r1mega.report.samples import Phase, Seen, history_of, phases, seen
 
 Point = tuple[float, float]
 Event = tuple[float, dict[str, Any]]
@@ -55,6 +56,21 @@ class StageRun:
     def settings(self) -> dict[str, Any]:
         """The saved config file as an object (command, overrides, choices, config); empty when it is absent or damaged."""
         return _settings(self.config)
+
+    @property
+    def samples(self) -> list[Seen]:
+        """What became of every sample; empty where the stage has no ledger."""
+        return self._ledger[0]
+
+    @property
+    def phases(self) -> list[Phase]:
+        """What the trainers of a stage with a ledger did when."""
+        return self._ledger[1]
+
+    @cached_property
+    def _ledger(self) -> tuple[list[Seen], list[Phase]]:
+        history = history_of(self.folder)
+        return ([], []) if history is None else (seen(history), phases(history))
 
     @property
     def is_rl(self) -> bool:

@@ -1,5 +1,7 @@
 """``r1mega timeline``: a pipeline schedule as a picture, the one that ran or a simulated one, and how long each rank idles.
 
+Of a run of ``r1mega rl``: its samples as a trace.
+
 In: a run's recorded events, or a schedule with times. Out: an SVG file with a row a rank, the same in letters on the terminal, and
 the bubble shares as :mod:`r1mega.train.pipeline.timeline` defines them; for a run beside what the simulator makes of its mean
 times.
@@ -8,6 +10,7 @@ times.
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Sequence
 from html import escape
@@ -20,8 +23,21 @@ from r1mega.config.errors import UserError
 from r1mega.config.tools import TimelineConfig
 from r1mega.report.page import publish
 from r1mega.report.plot import WIDTH, nice_ticks, text_width, tick_texts
+from r1mega.report.samples import USED, Seen, history_of, newest, phases, seen
+from r1mega.report.tables import table
+from r1mega.report.trace import trace
 from r1mega.train.pipeline.simulate import Times, mean_seconds, simulate
-from r1mega.train.pipeline.timeline import IDLE, Event, EventsByRank, bubble_share, bubble_shares, draw_text, read_events, span
+from r1mega.train.pipeline.timeline import (
+    FOLDER,
+    IDLE,
+    Event,
+    EventsByRank,
+    bubble_share,
+    bubble_shares,
+    draw_text,
+    read_events,
+    span,
+)
 
 NAMES = {"F": "forward", "B": "whole backward", "I": "input gradient", "W": "weight gradient"}
 MOST_TITLED = 4096
@@ -49,10 +65,14 @@ def timeline(cfg: TimelineConfig) -> dict[str, Any]:
     """Draw what ``cfg.run`` recorded, or the schedule ``cfg.pipeline``, into ``cfg.target``, and print it.
 
     Returns ``{"svg", "makespan_ms", "bubble_share", "bubble_shares"}``, for a run also ``"step"`` and ``"simulated_bubble_share"``.
+    A run with a ledger gets ``timeline.json``, or ``cfg.target``, and has ``{"trace", "samples", "rollouts"}``; the drawing comes
+    too where its pipeline was recorded.
     Raises UserError where the run has no events, is no run, or the schedule refuses the numbers.
     """
     if cfg.run is not None:
-        return _recorded(cfg, Path(cfg.run))
+        run, is_drawn = Path(cfg.run), (Path(cfg.run) / FOLDER).is_dir()
+        traced = _traced(cfg, run, run / "timeline.json" if is_drawn or not cfg.target else Path(cfg.target))
+        return (traced or {}) | (_recorded(cfg, run) if is_drawn or traced is None else {})
     pipeline = cfg.pipeline.build(cfg.ranks)
     times = Times(
         *(None if given is None else given / 1e3 for given in (cfg.forward, cfg.input_grad, cfg.weight_grad, cfg.backward))
@@ -63,6 +83,47 @@ def timeline(cfg: TimelineConfig) -> dict[str, Any]:
         f"{registry.name_of('pipeline', cfg.pipeline)}, simulated, {_count(cfg.ranks, 'rank')}, {_microbatches(cfg.microbatches)}"
     )
     return _show(title, made.events_by_rank, Path(cfg.target or Path(cfg.out) / "timeline.svg"))
+
+
+def _traced(cfg: TimelineConfig, run: Path, target: Path) -> dict[str, Any] | None:
+    """The trace of a run with a ledger, and a line a rollout; None of any other."""
+    history = history_of(run)
+    if history is None:
+        return None
+    samples = newest(seen(history), cfg.rollouts)
+    rollouts = sorted({one.rollout for one in samples if one.rollout is not None})
+    if not samples:
+        raise UserError(f"run: a run that has judged samples; got {run}, whose ledger has none yet; wait for its first")
+    publish(target, json.dumps(trace(samples, phases(history)), ensure_ascii=False))
+    heads = ["rollout", "samples", "generated in", "judged in", "waited", "most behind", "trained after"]
+    rows = [_rollout_row(number, [one for one in samples if one.rollout == number and one.fate == USED]) for number in rollouts]
+    waiting = sum(one.rollout is None for one in samples)
+    print(table([heads, *filter(None, rows)]) + "\nmean, longest seconds")
+    print(f"\n{_count(waiting, 'sample')} not used yet\ntimeline: {target} (for ui.perfetto.dev or chrome://tracing)", flush=True)
+    return {"trace": str(target), "samples": len(samples), "rollouts": rollouts}
+
+
+def _rollout_row(number: int, samples: Sequence[Seen]) -> list[str]:
+    """Of one rollout; empty where it was not trained on."""
+
+    def told(values: Sequence[float]) -> str:
+        return f"{sum(values) / len(values):.3g}, {max(values):.3g}"
+
+    if not samples:
+        return []
+    ends = [one.ended for one in samples if one.ended is not None]
+    waits = [one.ended - one.values["judged"] for one in samples if one.ended is not None]
+    first = min((one.update for one in samples if one.update is not None), default=1)
+    behind = max((first - 1 - span[0] for one in samples for span in one.values["versions"]), default=0)
+    return [
+        str(number),
+        str(len(samples)),
+        told([one.values["generated"] - one.values["began"] for one in samples]),
+        told([one.values["judged"] - one.values["generated"] for one in samples]),
+        told(waits) if waits else "-",
+        _count(behind, "update"),
+        f"{max(ends) - min(one.values['began'] for one in samples):.3g}" if ends else "-",
+    ]
 
 
 def _recorded(cfg: TimelineConfig, run: Path) -> dict[str, Any]:

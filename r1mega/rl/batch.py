@@ -6,12 +6,13 @@ where the target is a response token. Of several context ranks each holds its pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from r1mega.model.context import ALONE, ContextPart
+from r1mega.model.replay import absent
 from r1mega.rl.loss import LossInput
 from r1mega.rl.types import Completion
 
@@ -22,7 +23,8 @@ class RolloutRow:
 
     ``old``, ``ref`` and ``teacher``: float32 log-probabilities of the response tokens by the trainer before the update, the
     reference and a teacher. ``counts``: false for a response that no loss shall see (``rl.overlong.mask_truncated``).
-    ``own``: a bool a response token, false where an environment put it; None: the policy drew every one.
+    ``own``: a bool a response token, false where an environment put it; None: the policy drew every one. ``replay``: the experts
+    that the trainer itself chose when it scored the row, ``[size - 1, layers, top_k]``, in this rank's layers; with r2.
     """
 
     prompt: list[int]
@@ -33,6 +35,7 @@ class RolloutRow:
     teacher: torch.Tensor | None = None
     counts: bool = True
     own: list[bool] | None = None
+    replay: torch.Tensor | None = None
 
     @property
     def num_trained(self) -> int:
@@ -51,6 +54,9 @@ class RolloutBatch:
 
     ``mask_BS``: response tokens that the loss counts; ``rollout_BS``: the engine's log-probabilities; ``ref_BS``, ``teacher_BS``:
     None where a row has none; ``support_BSK``: int32, the tokens that each was drawn from, padded with -1, None where no row says.
+    ``routing_BSLK``: experts that the tokens were read with, in every decoder layer, on the host, in the rows' records' dtype; what
+    stands where there is none says :func:`r1mega.model.replay.absent`; None where no row has a record. It is larger than all the
+    rest: ``B S L K`` bytes in uint8 (at most 255 experts), twice that in int16.
     ``[B, S]`` tensors hold the parts ``part`` of the rows, but ``whole_mask_BS``, all response tokens;
     ``lengths_B``: counted response tokens of the whole rows.
     """
@@ -68,6 +74,7 @@ class RolloutBatch:
     whole_mask_BS: torch.Tensor
     part: ContextPart = ALONE
     support_BSK: torch.Tensor | None = None
+    routing_BSLK: torch.Tensor | None = None
 
     def split(self, values_BS: torch.Tensor) -> list[torch.Tensor]:
         """Values at the response tokens, a tensor a row, those of other context ranks' parts included."""
@@ -91,18 +98,32 @@ class RolloutBatch:
         )
 
 
+Record = Callable[[RolloutRow], "torch.Tensor | None"]
+"""A row to its record of experts, ``[size - 1 or fewer, layers, top_k]``."""
+
+
 def microbatches(
-    rows: Sequence[RolloutRow], size: int, pad_id: int, device: torch.device, part: ContextPart = ALONE, multiple: int = 1
+    rows: Sequence[RolloutRow],
+    size: int,
+    pad_id: int,
+    device: torch.device,
+    part: ContextPart = ALONE,
+    multiple: int = 1,
+    record: Record | None = None,
 ) -> list[RolloutBatch]:
     """Rows sorted by length and cut into microbatches of ``size``, ``part`` of each row in them.
 
     ``multiple``: what divides the whole rows' width; they are padded up to it (:attr:`r1mega.train.policy.Policy.row_multiple`).
+    ``record``: which experts go with the rows; None: none.
     """
     ordered = sorted(rows, key=lambda row: row.size)
-    return [_batch(ordered[start : start + size], pad_id, device, part, multiple) for start in range(0, len(ordered), size)]
+    starts = range(0, len(ordered), size)
+    return [_batch(ordered[start : start + size], pad_id, device, part, multiple, record) for start in starts]
 
 
-def _batch(rows: list[RolloutRow], pad_id: int, device: torch.device, part: ContextPart, multiple: int) -> RolloutBatch:
+def _batch(
+    rows: list[RolloutRow], pad_id: int, device: torch.device, part: ContextPart, multiple: int, record: Record | None
+) -> RolloutBatch:
     longest = max(row.size for row in rows) - 1
     width = -(-longest // multiple) * multiple + 1
     tokens = torch.full((len(rows), width), pad_id, dtype=torch.int64)
@@ -136,7 +157,20 @@ def _batch(rows: list[RolloutRow], pad_id: int, device: torch.device, part: Cont
         whole_mask_BS=mask.to(device),
         part=part,
         support_BSK=None if (support := _support(rows, width - 1)) is None else own(support),
+        routing_BSLK=None if record is None else _routing([record(row) for row in rows], width - 1, part),
     )
+
+
+def _routing(records: list[torch.Tensor | None], width: int, part: ContextPart) -> torch.Tensor | None:
+    """The records of the rows, one under the other; a token's are in the column where it is read."""
+    first = next((held for held in records if held is not None), None)
+    if first is None:
+        return None
+    whole = first.new_full((len(records), width, *first.shape[1:]), absent(first.dtype))
+    for place, held in enumerate(records):
+        if held is not None:
+            whole[place, : len(held)] = held
+    return part.cut(whole)
 
 
 def _support(rows: list[RolloutRow], width: int) -> torch.Tensor | None:

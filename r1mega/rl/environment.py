@@ -1,4 +1,5 @@
-"""What answers the policy's turns: nothing (one response is the episode), or an environment with tools. Registers ``environment=single``.
+"""What answers the policy's turns: nothing (one response is the episode), or an environment with tools. Registers
+``environment=single``.
 
 An environment speaks text; tokens are the loop's: what the policy has written stays as the ids that it drew, and an observation is
 encoded once and appended, so that no turn is ever encoded again. Its tokens are read and not trained.
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """What a turn brought. ``observation``: text that the policy reads next, None where the episode is over; ``reward``: of this turn,
-    added to the judges' with weight 1."""
+    """What a turn brought. ``observation``: text that the policy reads next, None where the episode is over; ``reward``: of this
+    turn, added to the judges' with weight 1."""
 
     observation: str | None = None
     reward: float = 0.0

@@ -1,4 +1,5 @@
-"""What is learnt from a rollout: rows are scored, cut into minibatches, and each is one optimizer step. In: rows; out: step results."""
+"""What is learnt from a rollout: rows are scored, cut into minibatches, and each is one optimizer step. In: rows; out: step
+results."""
 
 from __future__ import annotations
 
@@ -10,9 +11,10 @@ import torch
 
 from r1mega.config.rl import RlConfig
 from r1mega.model.outputs import Hidden
-from r1mega.rl.batch import RolloutBatch, RolloutRow, microbatches
+from r1mega.rl.batch import Record, RolloutBatch, RolloutRow, microbatches
 from r1mega.rl.logprobs import token_logprobs
 from r1mega.rl.loss.stats import MAXIMA
+from r1mega.rl.routing import Scoring, Updating
 from r1mega.train.health import Health
 from r1mega.train.policy import Policy
 from r1mega.train.schedule import learning_rate
@@ -20,12 +22,16 @@ from r1mega.train.trainee import StepResult
 
 
 class Learner:
-    """``update``: number of updates made so far; whoever goes back sets it."""
+    """``update_count``: updates made so far; whoever goes back sets it. ``agreement``: of the last rollout that was scored, where
+    the engine tells its experts, see :meth:`r1mega.rl.routing.Scoring.agreement`."""
 
     def __init__(self, config: RlConfig, policy: Policy, loss: Callable[..., Any], pad_id: int):
         self.config, self.sizes, self.policy, self.mesh = config, config.rl, policy, policy.mesh
         self.loss, self._pad_id = loss, pad_id
         self.health, self.update_count = Health(), 0
+        self.replays = self.sizes.routing_replay
+        self.hears_engine = getattr(config.engine, "routed_experts", False)
+        self.agreement: list[float] = []
         self.has_reference = getattr(config.policy_loss, "kl_coef", 0) > 0
         if self.has_reference:
             policy.copy_to_reference()
@@ -45,8 +51,15 @@ class Learner:
 
     def score(self, rows: Sequence[RolloutRow]) -> None:
         """The trainer's own log-probabilities of the rollout (pi_old), the reference's and a teacher's where they are wanted."""
-        batches = self.batches(rows)
-        self._keep("old", batches)
+        batches = self.batches(rows, (lambda row: row.completion.routed_experts) if self.hears_engine else None)
+        device = self.mesh.device.torch_device
+        routes = (
+            Scoring(self.replays, self.policy.model_config.num_layers, device)
+            if self.hears_engine or self.replays == "r2"
+            else None
+        )
+        self._keep("old", batches, routes)
+        self.agreement = routes.agreement(self.mesh) if self.hears_engine else []
         if self.has_reference:
             with self.policy.as_reference():
                 self._keep("ref", batches)
@@ -54,8 +67,8 @@ class Learner:
             with self.policy.as_teacher():
                 self._keep("teacher", batches)
 
-    def _keep(self, name: str, batches: list[RolloutBatch]) -> None:
-        for batch, values_BS in zip(batches, self.policy.score(batches, self.logprobs), strict=True):
+    def _keep(self, name: str, batches: list[RolloutBatch], routes: Scoring | None = None) -> None:
+        for batch, values_BS in zip(batches, self.policy.score(batches, self.logprobs, routes), strict=True):
             for row, values in zip(batch.rows, batch.split(values_BS), strict=True):
                 setattr(row, name, values)
 
@@ -63,17 +76,30 @@ class Learner:
         """Log-probabilities of the rows' own tokens at the sampling temperature, fp32 ``[B, S]``."""
         return token_logprobs(output, batch.targets_BS, self.temperature, support_BSK=batch.support_BSK)[0]
 
-    def batches(self, rows: Sequence[RolloutRow]) -> list[RolloutBatch]:
-        """Microbatches of rows on the device."""
+    def batches(self, rows: Sequence[RolloutRow], record: Record | None = None) -> list[RolloutBatch]:
+        """Microbatches of rows on the device, with their ``record`` of experts."""
         size, device = self.sizes.micro_batch_size, self.mesh.device.torch_device
-        return microbatches(rows, size, self._pad_id, device, self.policy.part, self.policy.row_multiple)
+        return microbatches(rows, size, self._pad_id, device, self.policy.part, self.policy.row_multiple, record)
 
     def train(self, rows: Sequence[RolloutRow], rollout: int) -> list[StepResult]:
         """The rollout in ``updates_per_rollout`` random minibatches, one optimizer step each."""
-        order = list(range(len(rows)))
+        return [self.update([rows[idx] for idx in part]) for part in self._minibatches(len(rows), rollout)]
+
+    def updates_of(self, count: int, rollout: int) -> list[int]:
+        """Which update each of the ``count`` rows of the rollout that was trained on last had its part in; the first ever is 1."""
+        found, first = [0] * count, self.update_count - self.sizes.updates_per_rollout + 1
+        for place, part in enumerate(self._minibatches(count, rollout)):
+            for idx in part:
+                found[idx] = first + place
+        return found
+
+    def _minibatches(self, count: int, rollout: int) -> list[list[int]]:
+        order, parts = list(range(count)), self.sizes.updates_per_rollout
         random.Random(f"{self.config.seed}:{rollout}:minibatches").shuffle(order)
-        count = self.sizes.updates_per_rollout
-        return [self.update([rows[idx] for idx in order[part::count]]) for part in range(count)]
+        return [order[part::parts] for part in range(parts)]
+
+    def _replayed(self, row: RolloutRow) -> torch.Tensor | None:
+        return row.completion.routed_experts if self.replays == "r3" else row.replay
 
     def update(self, rows: Sequence[RolloutRow]) -> StepResult:
         """One optimizer step on one minibatch."""
@@ -87,7 +113,11 @@ class Learner:
             peaks.copy_(torch.maximum(peaks, stats.maxima()))
             return loss, {**stats.sums(), "entropy_sum": (entropy_BS * batch.mask_BS).sum()}
 
-        result = self.policy.update(self.batches(rows), objective, self._rate(self.update_count), self.health.judge)
+        record, routes = None, None
+        if self.replays != "none":
+            record, routes = self._replayed, Updating(self.mesh.device.torch_device)
+        batches = self.batches(rows, record)
+        result = self.policy.update(batches, objective, self._rate(self.update_count), self.health.judge, routes)
         result.stats |= zip(MAXIMA, self.mesh.max(peaks, "data", "context", "pipeline").tolist(), strict=True)
         self.update_count += 1
         if not result.trouble:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import struct
 import threading
@@ -56,9 +57,17 @@ class Frame:
         """Unique in the run."""
         return f"{self.start}.{self.rank}.{self.place}"
 
+    @property
+    def end(self) -> int:
+        """Where the next frame of the file begins."""
+        return self.offset + sum(self._sizes().values())
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (dtype, shape) in self.shapes.items()}
+
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of the frame, from its file. Raises UserError where they are not what was written."""
-        sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (dtype, shape) in self.shapes.items()}
+        sizes = self._sizes()
         with self.path.open("rb") as file:
             file.seek(self.offset)
             body = file.read(sum(sizes.values()))

@@ -1,8 +1,8 @@
 """``r1mega rl``: prompt, rollout, reward, advantage, loss, weights, and back to rollout; in step or running ahead, by one knob.
 
-With ``rl.lag=0`` a rollout begins when its weights have been pushed, and training waits for it. With ``rl.lag=k`` the rollouts' thread
-(:mod:`r1mega.rl.rollouts`) works on the next k rollouts while this one is trained on; a push interrupts it for its own time alone.
-A data rank generates for its share of the questions and trains on what it generated; the optimizer step is over all ranks.
+With ``rl.lag=0`` a rollout begins when its weights have been pushed, and training waits for it. With ``rl.lag=k`` the rollouts'
+thread (:mod:`r1mega.rl.rollouts`) works on the next k rollouts while this one is trained on; a push interrupts it for its own time
+alone. A data rank generates for its share of the questions and trains on what it generated; the optimizer step is over all ranks.
 What each part means lies in its own file; this one only orders them.
 """
 

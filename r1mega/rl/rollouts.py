@@ -19,25 +19,32 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from r1mega.config.errors import UserError
 from r1mega.config.run import SamplingConfig
 from r1mega.data.prompts import PromptStream
 from r1mega.data.tokenizer import Tokenizer
 from r1mega.rl.engine.batcher import Batcher
-from r1mega.rl.engine.contract import Engine, Request, first_of
+from r1mega.rl.engine.contract import Engine, Request, RoutingRefused, first_of
 from r1mega.rl.environment import Environment
 from r1mega.rl.ledger import Frame, Ledger
 from r1mega.rl.reward.runner import RewardRunner
+from r1mega.rl.routing import RoutingShape
 from r1mega.rl.types import Completion, RewardRecord, Sample, Span, without_end
+
+ROUTING_ATTEMPTS = 4
+"""Times that a response is made before the run ends because its experts are not told."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many: ``share`` groups of ``group_size`` responses a rollout on this rank; ``lag`` rollouts ahead; ``oversample`` times as
-    many groups begun as are wanted, of which the first to end are taken and the others go on into the next rollout (1: none, and
+    """How many: ``share`` groups of ``group_size`` responses a rollout on this rank; ``lag`` rollouts ahead; ``oversample`` times
+    as many groups begun as are wanted, of which the first to end are taken and the others go on into the next rollout (1: none, and
     groups are taken in the order of the questions). ``keeps``: is there something to learn from a judged group (dynamic sampling)?
-    ``patience``: groups begun for one that is wanted, at most; then dropped ones fill the rollout up."""
+    ``patience``: groups begun for one that is wanted, at most; then dropped ones fill the rollout up. ``routing``: what the
+    engine's records of experts must be; None: they are not asked for. ``replays``: they are trained with, so that a sample without
+    one, as the ledger gives it back, is of no use."""
 
     share: int
     group_size: int
@@ -47,15 +54,19 @@ class Plan:
     oversample: float = 1.0
     keeps: Callable[[list[Sample]], bool] = lambda group: True
     patience: int = 10
+    routing: RoutingShape | None = None
+    replays: bool = False
 
 
 @dataclass
 class Taken:
-    """What a rollout gets: groups to train on, groups that were judged and dropped, seconds that the trainer waited."""
+    """What a rollout gets: groups to train on, groups that were judged and dropped, seconds that the trainer waited, responses that
+    were refused since the last one because their experts were not told, and made again."""
 
     groups: list[list[Sample]] = field(default_factory=list)
     dropped: list[list[Sample]] = field(default_factory=list)
     waited_seconds: float = 0.0
+    refused: int = 0
 
     @property
     def samples(self) -> list[Sample]:
@@ -64,8 +75,8 @@ class Taken:
 
 
 class Rollouts:
-    """``known``: (item, member) to the ledger's sample, for what an earlier start of the run has made; ``score``: weights and records
-    to a reward, see :class:`Judge`. Its thread ends with :meth:`close`."""
+    """``known``: (item, member) to the ledger's sample, for what an earlier start of the run has made; ``score``: weights and
+    records to a reward, see :class:`Judge`. Its thread ends with :meth:`close`."""
 
     def __init__(
         self,
@@ -82,7 +93,7 @@ class Rollouts:
         self.plan, self.engine, self.environment, self.tokenizer = plan, engine, environment, tokenizer
         self.stream, self.ledger, self.judge, self._encode = stream, ledger, judge, encode
         self.known, self.reused = dict(known or {}), 0
-        self.running, self.tokens = 0, 0
+        self.busy, self.tokens, self._refused = Busy(), 0, 0
         self._pool: dict[int, asyncio.Task[list[Sample]]] = {}
         self._taking: asyncio.Task[Taken] | None = None
         self._judging = Batcher(lambda asked: judge.records([sample.problem for sample, _ in asked], [text for _, text in asked]))
@@ -94,24 +105,31 @@ class Rollouts:
         """The result of a coroutine in the thread's event loop."""
         try:
             return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-        except BaseException as failures:
+        except BaseExceptionGroup as failures:
             raise first_of(failures) from failures
 
     def look(self, seconds: float | None = None) -> str:
-        """Work on the next rollout until it is "done", a server is "stale" and wants a push, or ``seconds`` are over ("waiting")."""
+        """Work on the next rollout until it is "done", a server is "stale" (wants a push), or ``seconds`` are over ("waiting")."""
         return self.call(self._look(seconds))
 
     def take(self) -> Taken:
         """The groups of the next rollout; waits for them. Raises what failed in any of the groups."""
         self.call(self._look(None, heed_stale=False))
         taking, self._taking = self._taking, None
-        return taking.result()
+        try:
+            taken = taking.result()
+        except BaseException as failures:
+            raise first_of(failures) from failures
+        taken.refused, self._refused = self._refused, 0
+        return taken
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Inside nothing is sampled. After a failure it stays so: a half push never serves."""
         self.call(self.engine.pause())
+        self.busy.pause(True)
         yield
+        self.busy.pause(False)
         self.call(self.engine.resume())
 
     def abandon(self) -> None:
@@ -181,21 +199,34 @@ class Rollouts:
 
     async def _sample(self, item: int, member: int) -> Sample:
         held = self.known.pop((item, member), None)
-        if held is not None:
+        if held is not None and not self.plan.replays:
             with contextlib.suppress(UserError):  # a damaged frame: made again
                 self.reused += 1
                 return restored(held, self.stream.problem(item))
-        self.running += 1
-        try:
-            sample = await self._episode(item, member)
-        finally:
-            self.running -= 1
+        with self.busy:
+            sample = await self._told_episode(item, member)
         text = sample_text(self.tokenizer, sample)
         sample.records = await self._judging.ask((sample, text))
         sample.reward = self.judge.total(sample.problem, sample.records) + sample.environment_reward
         sample.judged = time.time()
         sample.id = self.ledger.write("sample", *recorded(sample))
         return sample
+
+    async def _told_episode(self, item: int, member: int) -> Sample:
+        """An episode with its experts, where they are asked for; one whose experts are not whole is made again, for a few times."""
+        for attempt in range(ROUTING_ATTEMPTS):
+            try:
+                sample = await self._episode(item, member)
+                if self.plan.routing is not None:
+                    made = sample.completion
+                    own = sample.own or [True] * len(made.token_ids)
+                    record = await asyncio.to_thread(self.plan.routing.checked, made.routed_experts, len(sample.prompt), own)
+                    sample.completion = replace(made, routed_experts=record)
+                return sample
+            except RoutingRefused:
+                self._refused += 1
+                if attempt + 1 == ROUTING_ATTEMPTS:
+                    raise
 
     async def _episode(self, item: int, member: int) -> Sample:
         problem, sampling, began = self.stream.problem(item), self.plan.sampling, time.time()
@@ -215,7 +246,7 @@ class Rollouts:
                 tokens += made.token_ids
                 logprobs += made.logprobs
                 own += [True] * len(made.token_ids)
-                reason, routed = made.finish_reason, made.routed_experts
+                reason, routed = made.finish_reason, _joined(routed, made.routed_experts)
                 self.tokens += len(made.token_ids)
                 said = self.tokenizer.decode(without_end(made.token_ids, self.tokenizer.eos_id), skip_special=False)
                 step = await asyncio.to_thread(episode.step, said) if self.environment.max_turns > 1 else episode.step(said)
@@ -247,8 +278,41 @@ class Rollouts:
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 2
 
 
+class Busy:
+    """A stopwatch that runs while at least one ``with`` of it is open and it is not paused. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock, self._count, self._paused = threading.Lock(), 0, False
+        self._total, self._since = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Run so far."""
+        self._move(0)
+        return self._total
+
+    def pause(self, paused: bool) -> None:
+        """Stand still, or go on."""
+        self._move(0, paused)
+
+    def __enter__(self) -> Busy:
+        self._move(1)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._move(-1)
+
+    def _move(self, change: int, paused: bool | None = None) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            if self._count and not self._paused:
+                self._total += now - self._since
+            self._since, self._count = now, self._count + change
+            self._paused = self._paused if paused is None else paused
+
+
 class Judge:
-    """The rewards of a run: ``runner`` scores, ``weights_of(source)`` says which reward counts how much. ``seconds``: spent so far."""
+    """The rewards of a run. ``runner``: scores; ``weights_of(source)``: which reward counts how much; ``seconds``: spent so far."""
 
     def __init__(self, runner: RewardRunner, weights_of: Callable[[str], Mapping[str, float]]):
         self._runner, self._weights_of, self.seconds = runner, weights_of, 0.0
@@ -266,8 +330,8 @@ class Judge:
 
 
 def sample_text(tokenizer: Tokenizer, sample: Sample) -> str:
-    """What a reward judges: what the policy itself wrote, without end tokens at the ends of its turns; other special tokens are written
-    out, so that none is missed."""
+    """What a reward judges: what the policy wrote, without the end tokens of its turns; special tokens are written out, so that
+    none is missed."""
     own = sample.own or [True] * len(sample.completion.token_ids)
     text, turn = "", []
     for token, mine in zip([*sample.completion.token_ids, -1], [*own, False], strict=True):
@@ -277,6 +341,13 @@ def sample_text(tokenizer: Tokenizer, sample: Sample) -> str:
             text += tokenizer.decode(without_end(turn, tokenizer.eos_id), skip_special=False)
             turn = []
     return text
+
+
+def _joined(before: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:
+    """A turn's record of experts behind those of the turns before, whose tokens keep the experts that they were drawn with."""
+    if before is None or whole is None:
+        return whole
+    return torch.cat([before, whole[len(before) :]])
 
 
 def _moved(made: Completion, offset: int, version: int) -> list[Span]:

@@ -1,7 +1,7 @@
 """One run of ``r1mega rl`` on this rank: everything that is opened for it, what it keeps between turns, what it writes.
 
-The loop orders the calls; what crosses ranks does so here: samples are shared inside a data rank, rewards over all of them, weights are
-gathered for the push. A failure of one rank's rollouts or push is told to all before anyone goes on.
+The loop orders the calls; what crosses ranks does so here: samples are shared inside a data rank, rewards over all of them, weights
+are gathered for the push. A failure of one rank's rollouts or push is told to all before anyone goes on.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from r1mega.rl.batch import RolloutRow
 from r1mega.rl.environment import Single
 from r1mega.rl.learner import Learner
 from r1mega.rl.ledger import FOLDER, Frame, History, Ledger, next_start
-from r1mega.rl.metrics import mean_load, rollout_line
+from r1mega.rl.metrics import Pace, mean_load, rollout_line, source_line
 from r1mega.rl.push import PushReport, PushRuntime
 from r1mega.rl.reward.mix import FAILURES, by_reward, keep_failures, names_of, weights_of, write_failures
 from r1mega.rl.reward.runner import RewardRunner
 from r1mega.rl.rollouts import Judge, Plan, Rollouts, Taken, sample_text
+from r1mega.rl.routing import RoutingShape
 from r1mega.rl.setup import encode_prompts, open_engine, open_policy, open_rewards, open_run_mesh, open_tokenizer, prompt_encoder
 from r1mega.rl.shaping import learnable_groups, overlong_penalties
 from r1mega.rl.types import Sample
@@ -42,7 +43,7 @@ from r1mega.train.ranges import named_layers
 from r1mega.train.saving import run_saver
 from r1mega.train.trainee import StepResult
 
-
+PUSH_ATTEMPTS = 3
 AGREE_SECONDS = 2.0
 """Between two looks of several ranks at each other while they wait for rollouts."""
 
@@ -107,6 +108,7 @@ class Run:
             )
             stack.callback(self.rollouts.close)
         self.pusher = self._open_push()
+        self.pace = Pace(mesh, self.rollouts)
         self.report: PushReport | None = None
         self.metrics = Metrics(self.folder, "rollout", self.sizes.rollouts, self.done, active=mesh.is_first, config=config)
         stack.callback(self.metrics.close)
@@ -136,6 +138,8 @@ class Run:
             lag=sizes.lag,
             oversample=sizes.oversample,
             patience=wanted.oversampling,
+            routing=RoutingShape.of(self.policy.model_config) if self.learner.hears_engine else None,
+            replays=sizes.routing_replay == "r3",
             **({"keeps": keeps} if wanted.by else {}),
         )
 
@@ -202,7 +206,8 @@ class Run:
             if self.mesh.axes[axis].size > 1:
                 parts = self.mesh.gather_objects(taken, axis)
                 waited = max(part.waited_seconds for part in parts)
-                taken = Taken(sum((part.groups for part in parts), []), sum((part.dropped for part in parts), []), waited)
+                groups, dropped = sum((part.groups for part in parts), []), sum((part.dropped for part in parts), [])
+                taken = Taken(groups, dropped, waited, sum(part.refused for part in parts))
         return taken
 
     def value(self, taken: Taken) -> tuple[list[RolloutRow], dict[str, list[float]]]:
@@ -214,13 +219,7 @@ class Run:
         if sizes.shuffle_rewards:
             rewards = self.shuffled(rewards)
         counts = [self._counts(sample) for sample in samples]
-        everyone = self.mesh.gather_objects((rewards, counts))
-        rewards_PG, counts_PG = (
-            torch.tensor([item for part in column for item in part]).view(-1, sizes.group_size)
-            for column in zip(*everyone, strict=True)
-        )
-        first = sum(len(part[0]) for part in everyone[: self.mesh.data_rank])
-        advantages = self.advantages(rewards_PG, counts_PG).flatten().tolist()[first : first + len(samples)]
+        advantages = self.advantages_of(rewards, counts)
         rows = []
         for sample, advantage, count in zip(samples, advantages, counts, strict=True):
             sample.advantage = advantage
@@ -232,6 +231,16 @@ class Run:
         punished = {"overlong": shaped} if sizes.overlong.cache_tokens else {}
         failed = [float(any(record.failure for record in sample.records.values())) for sample in samples]
         return rows, {**told, **punished, "reward": rewards, "reward_failed": failed}
+
+    def advantages_of(self, rewards: list[float], counts: list[bool]) -> list[float]:
+        """Of this data rank's responses; a choice may normalise over all ranks' groups, so it is given all of them."""
+        everyone = self.mesh.gather_objects((rewards, counts))
+        rewards_PG, counts_PG = (
+            torch.tensor([item for part in column for item in part]).view(-1, self.sizes.group_size)
+            for column in zip(*everyone, strict=True)
+        )
+        first = sum(len(part[0]) for part in everyone[: self.mesh.data_rank])
+        return self.advantages(rewards_PG, counts_PG).flatten().tolist()[first : first + len(rewards)]
 
     def shuffled(self, rewards: list[float]) -> list[float]:
         """The rewards of all ranks in another order: this rank's part of it."""
@@ -253,23 +262,37 @@ class Run:
             self.rollouts.call(self.engine.wake_weights())
 
     def push(self) -> None:
-        """Hand the weights to the engine and have it prove that it holds them; nothing is sampled meanwhile."""
-        version, failure = self.learner.update_count, ""
+        """Hand the weights to the engine and have it prove that it holds them; nothing is sampled meanwhile.
+
+        A server that dies while it is pushed to is waited for, and everything is pushed again.
+        """
+        version = self.learner.update_count
         with self.timed("push"), self.rollouts.paused() if self.rollouts else nullcontext():
             self.mesh.barrier()
-            tensors = self.policy.published_tensors(everywhere=self._is_local)
-            try:
-                if self.pusher is not None:
-                    self.report = self.pusher.send(tensors, version)
-            except UserError as error:
-                failure = str(error)
-            for _ in tensors:  # the ranks that gather for others, and those that have lost interest
-                pass
+            for attempt in range(PUSH_ATTEMPTS):
+                failure, is_lost = self._send(version)
+                if not self.mesh.broadcast_object(is_lost and attempt + 1 < PUSH_ATTEMPTS):
+                    break
+                if self.mesh.is_first:
+                    self.rollouts.call(self.engine.wait_for_all())
             self.mesh.agree(failure)
             if self.engine is not None:
                 self.engine.version = version
             if self.mesh.is_first:
                 self.rollouts.call(self.engine.wake())
+
+    def _send(self, version: int) -> tuple[str, bool]:
+        """One attempt to push: what failed, and whether a server was lost with it."""
+        failure, is_lost = "", False
+        tensors = self.policy.published_tensors(everywhere=self._is_local)
+        try:
+            if self.pusher is not None:
+                self.report = self.pusher.send(tensors, version)
+        except UserError as error:
+            failure, is_lost = str(error), _is_of_a_death(error)
+        for _ in tensors:  # the ranks that gather for others, and those that have lost interest
+            pass
+        return failure, is_lost
 
     def count(self, taken: Taken, rows: list[RolloutRow], seconds: float) -> None:
         """The rollout is trained on: counted, and written into the ledger as used."""
@@ -277,14 +300,16 @@ class Run:
         extra["rollouts"] += 1
         extra["seconds"] += seconds
         self.state.step = self.learner.update_count
-        self.state.tokens += sum(self.mesh.gather_objects(sum(row.size for row in rows)))
+        self.trained_tokens = sum(self.mesh.gather_objects(sum(row.size for row in rows)))
+        self.state.tokens += self.trained_tokens
         used, dropped = self._finish(taken)
         if not self._place.writes:
             return
-        place = {"rollout": self.done, "update": self.learner.update_count, "consumed": self.stream.consumed}
+        place = {"rollout": self.done, "update": self.learner.update_count, "consumed": self.stream.consumed, "time": time.time()}
         samples = taken.samples
         about = {"samples": [sample.id for sample in samples], "advantages": [sample.advantage for sample in samples]}
-        self.ledger.write("use", {**place, "items": used, **about})
+        about["updates"] = self.learner.updates_of(len(samples), self.done - 1)
+        self.ledger.write("use", {**place, "seconds": self.seconds, "items": used, **about})
         if dropped:
             self.ledger.write("drop", {**place, "items": dropped, "reason": "rl.dynamic_sampling"})
         texts = [sample_text(self.tokenizer, sample) for sample in samples]
@@ -303,11 +328,16 @@ class Run:
         self.metrics.advance()
         first = self.learner.update_count - len(results)
         line = rollout_line(self.mesh, rows, taken, told, results, self.sizes.group_size, first)
+        line |= source_line(self.mesh.gather_objects, taken.samples, told["reward"])
+        line |= self.pace.line(self.seconds, self.trained_tokens)
+        counted = {"reward_failures": line["reward_failed"] * line["responses"], "engine_deaths": line.get("engine_deaths", 0)}
+        self.metrics.count(rollouts=1, samples=line["responses"], **counted)
+        if self.learner.hears_engine:
+            line |= {"routing_agreement": self.learner.agreement, "routing_refused": sum(self.mesh.gather_objects(taken.refused))}
         if self.done % self.sizes.log_every and self.done != self.sizes.rollouts:
             return
         whole = sum(self.seconds.values())
         line |= {f"seconds_{name}": value for name, value in self.seconds.items()}
-        line["seconds_reward"] = self.rollouts.judge.seconds if self.rollouts else 0.0
         line["idle_share"] = self.seconds.get("rollout", 0.0) / max(whole, 1e-9)
         line |= self.report.line() if self.report else {}
         place = {"update": self.learner.update_count, "rollout": self.done, "lr": self.learner.rate, "tokens": self.state.tokens}
@@ -323,8 +353,10 @@ class Run:
             self.policy.save(self.saver, self.state)
 
     def go_back(self, taken: Taken) -> bool:
-        """Back to the last checkpoint, with other questions than those of ``taken`` and of the rollouts that are undone; false where
-        there is no checkpoint."""
+        """Back to the last checkpoint, with other questions than those of ``taken`` and of the rollouts that are undone.
+
+        Returns false where there is no checkpoint.
+        """
         held = checkpoint.newest_whole(self.mesh, self.checkpoints)
         if held is None:
             return False
@@ -373,10 +405,19 @@ class Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
+def _is_of_a_death(error: BaseException | None) -> bool:
+    """True where a server that did not answer is behind an error."""
+    while error is not None:
+        if getattr(error, "is_lost", False):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class Place:
-    """Which ranks generate. ``generates``: this one does; ``writes``: this one writes down what its data rank has used; ``number`` of
-    ``count`` generating ranks, with ``share`` groups a rollout each. Context ranks of a data rank share its groups where these divide;
-    of tensor and pipeline ranks the first generates for all."""
+    """Which ranks generate. ``generates``: this one does; ``writes``: this one writes down what its data rank has used; ``number``
+    of ``count`` generating ranks, with ``share`` groups a rollout each. Context ranks of a data rank share its groups where these
+    divide; of tensor and pipeline ranks the first generates for all."""
 
     def __init__(self, generates: bool, writes: bool, number: int, count: int, share: int):
         self.generates, self.writes, self.number, self.count, self.share = generates, writes, number, count, share

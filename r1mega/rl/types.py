@@ -20,7 +20,8 @@ class Completion:
     log of its probability under the distribution that it was drawn from (softmax of logits / temperature); ``finish_reason``:
     "stop" (end of sequence drawn) or "length" (max_new_tokens reached). ``versions``: spans over all tokens, in order; () where
     one version drew them all. ``routed_experts``: [prompt + response - 1, layers, top_k] experts of each token in each layer, where
-    the engine tells them. ``sampling_mask``: per token the ids that it could have been, where top-k or top-p cut the rest off.
+    the engine tells them; in a :class:`Sample` as ``r1mega.rl.routing.RoutingShape.checked`` gives them. ``sampling_mask``: per
+    token the ids that it could have been, where top-k or top-p cut the rest off.
     """
 
     token_ids: list[int]

@@ -1,7 +1,8 @@
 """Whole tensors out of what ranks hold: every weight and expert bias by its native name, gathered as it is walked.
 
-In: a trainee on any layout. Out: ``(name, whole tensor)`` in one order on all ranks: on every rank, or on the first alone. The plan is
-the layout's own, the one that checkpoints are written by (Megatron's sharded state), so that no layout needs a rule of its own here.
+In: a trainee on any layout. Out: ``(name, whole tensor)`` in one order on all ranks: on every rank, or on the first alone. The plan
+is the layout's own, the one that checkpoints are written by (Megatron's sharded state), so that no layout needs a rule of its own
+here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""One metric line a step: to ``metrics.jsonl``, TensorBoard, a progress bar and, if wanted, Weights & Biases. Rank 0 only."""
+"""One metric line a step: to ``metrics.jsonl``, TensorBoard, a progress bar and, if wanted, Weights & Biases and Prometheus.
+
+Rank 0 only.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from r1mega.config.run import LogConfig
 from r1mega.train.mirror import Mirror
+from r1mega.train.prometheus import Exporter
 
 
 class Metrics:
@@ -26,7 +31,9 @@ class Metrics:
         from tqdm import tqdm
 
         self._folder = folder
-        self._mirror = Mirror(folder, key, config) if config is not None and config.log.wandb else None
+        wanted = config.log if config is not None else LogConfig()
+        self._exporter = Exporter(wanted.prometheus_host, wanted.prometheus_port, config.name) if wanted.prometheus_port else None
+        self._mirror = Mirror(folder, key, config) if wanted.wandb else None
         self._open(done, keep_events=False)
         self._bar = tqdm(total=total, initial=done, unit=key, dynamic_ncols=True, mininterval=1.0, desc=folder.name)
 
@@ -36,6 +43,8 @@ class Metrics:
             return
         self._file.write(json.dumps({name: _short(value) for name, value in values.items()}) + "\n")
         self._file.flush()
+        if self._exporter:
+            self._exporter.line(values)
         if self._mirror:
             self._mirror.log(values)
         for name, value in values.items():
@@ -52,8 +61,14 @@ class Metrics:
             self._file.write(json.dumps({"event": kind, self.key: step, "reason": reason}) + "\n")
             self._file.flush()
             self._bar.write(f"{self.key} {step}: {reason}; {kind}", file=sys.stderr)
+            self.count(events=1)
             if self._mirror:
                 self._mirror.log({"event": kind, self.key: step, "reason": reason})
+
+    def count(self, **more: float) -> None:
+        """Add to counters that are told to Prometheus alone: :data:`r1mega.train.prometheus.COUNTERS`."""
+        if self.active and self._exporter:
+            self._exporter.count(**more)
 
     def rewind(self, done: int) -> None:
         """The run goes back to step ``done``: later lines are dropped, events stay."""
@@ -75,6 +90,8 @@ class Metrics:
             self._file.close()
             self._board.close()
             self._bar.close()
+            if self._exporter:
+                self._exporter.close()
             if self._mirror:
                 self._mirror.close()
 

@@ -22,6 +22,7 @@ from r1mega.model import names, published
 from r1mega.model.context import ContextPart
 from r1mega.model.forward import hidden, whole_logits
 from r1mega.model.outputs import Hidden
+from r1mega.model.replay import Replay
 from r1mega.train import checkpoint
 from r1mega.train.checkpoint import TrainState
 from r1mega.train.gathering import take_parts, whole_tensors
@@ -33,6 +34,16 @@ class HasTokens(Protocol):
     """A microbatch: anything with int64 ``tokens_BS``, padded on the right; of several context ranks the own parts of the rows."""
 
     tokens_BS: torch.Tensor
+
+
+class Routes(Protocol):
+    """What routers are told of microbatches, and who hears what they tell; on every rank of a pipeline, for its stage."""
+
+    def begin(self, batch: Any) -> Replay:
+        """Before the forward pass of a microbatch."""
+
+    def end(self, batch: Any, replay: Replay) -> None:
+        """After it. Called by all tensor and context ranks."""
 
 
 class Policy:
@@ -60,15 +71,25 @@ class Policy:
         """What divides the width of a microbatch's whole rows: the layout cuts them into so many equal pieces."""
         return self.part.multiple * self.mesh.axes["tensor"].size
 
-    def _output(self, model: torch.nn.Module, batch: HasTokens) -> torch.Tensor | Hidden:
-        return (hidden if self.gives_hidden else whole_logits)(model, batch.tokens_BS, self.part)
+    def _outputs(self, routes: Routes | None) -> Callable[[torch.nn.Module, HasTokens], torch.Tensor | Hidden]:
+        made = hidden if self.gives_hidden else whole_logits
 
-    def score(self, batches: Sequence[HasTokens], read: Callable[[Any, Any], Any]) -> list[Any]:
-        """``read(output, batch)`` for every microbatch, without gradients.
+        def output(model: torch.nn.Module, batch: HasTokens) -> torch.Tensor | Hidden:
+            if routes is None:
+                return made(model, batch.tokens_BS, self.part)
+            replay = routes.begin(batch)
+            found = made(model, batch.tokens_BS, self.part, replay)
+            routes.end(batch, replay)
+            return found
+
+        return output
+
+    def score(self, batches: Sequence[HasTokens], read: Callable[[Any, Any], Any], routes: Routes | None = None) -> list[Any]:
+        """``read(output, batch)`` for every microbatch, without gradients. ``routes`` None: routers choose for themselves.
 
         ``output``: logits ``[B, S, V]``, or, where ``gives_hidden``, :class:`r1mega.model.outputs.Hidden`.
         """
-        return self.trainee.read(batches, self._output, read)
+        return self.trainee.read(batches, self._outputs(routes), read)
 
     def update(
         self,
@@ -76,11 +97,12 @@ class Policy:
         objective: Callable[[Any, Any], tuple[torch.Tensor, dict[str, float]]],
         lr: float,
         judge: Judge,
+        routes: Routes | None = None,
     ) -> StepResult:
         """One optimizer step on the sum of ``objective(output, batch)`` over all microbatches of all ranks.
 
-        ``output``: see :meth:`score`. The objective returns its share of the loss, already normalised for the whole minibatch, and
-        statistics to be added up. A step that ``judge`` finds wrong is not applied.
+        ``output``, ``routes``: see :meth:`score`. The objective returns its share of the loss, already normalised for the whole
+        minibatch, and statistics to be added up. A step that ``judge`` finds wrong is not applied.
         """
         # The trainee divides by the number of items: one a microbatch, which one of its context ranks counts.
         parts, items = len(batches) * self.mesh.data_size, int(self.part.rank == 0)
@@ -89,7 +111,7 @@ class Policy:
             value, stats = objective(output, batch)
             return value * parts, items, {**stats, "objective": float(value.detach())}
 
-        result = self.trainee.step(list(batches), self._output, loss, lr, judge)
+        result = self.trainee.step(list(batches), self._outputs(routes), loss, lr, judge)
         result.loss = result.stats.pop("objective")
         return result
 

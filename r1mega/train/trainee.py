@@ -222,7 +222,7 @@ class Trainee:
         return total / max(count, 1), count
 
     def read(self, microbatches: Sequence[Any], forward: Callable, look: Callable[[Any, Any], Any]) -> list[Any]:
-        """``look(output, batch)`` for every microbatch, without gradients, on every rank: of a pipeline's what its last stage saw."""
+        """``look(output, batch)`` of every microbatch, without gradients, on every rank; of a pipeline what its last stage saw."""
         self.model.eval()
         with torch.no_grad():
             if self.mesh.axes["pipeline"].size == 1:

@@ -28,6 +28,7 @@ EVERY = {
     "eval": ("checkpoint=a", "data.problems=p.jsonl", "keep=kept.jsonl"),
     "export": ("checkpoint=a",),
     "report": ("run=runs/quickstart",),
+    "why": ("run=runs/a", "step=3", "sample=1.0.2"),
     "timeline": ("pipeline=interleaved", "pipeline.chunks=3"),
     "bench": ("bench=step", "model.num_experts=64", "precision=bf16", "baseline=b.json"),
     "chat": ("checkpoint=a", "prompt='what is 1 + 1, then?'"),

@@ -78,13 +78,13 @@ WRONG = [
     ("pretrain", f"{N}=2 parallel.expert=2 balance=eplb trainer.save_every=5 model.use_expert_bias=false", "model.use_expert_bias: true with balance=eplb, whose load is what the bias counts; got false; use model.use_expert_bias=true, or balance=none"),
     ("sft", "balance=eplb trainer.save_every=5", "parallel.expert: above 1 with balance=eplb, which moves experts between ranks; got 1; use balance=none"),
     # whole models
-    ("rl", f"{N}=2 parallel.tensor=2", "parallel.tensor: 1, every rank of this command holds whole weights; got 2; use parallel.tensor=1"),
-    ("rl", f"{N}=2 parallel.pipeline=2", "parallel.pipeline: 1, every rank of this command holds whole weights; got 2; use parallel.pipeline=1"),
-    ("rl", f"{N}=2 parallel.expert=2", "parallel.expert: 1, every rank of this command holds whole weights; got 2; use parallel.expert=1"),
+    ("eval", f"{N}=2 parallel.tensor=2", "parallel.tensor: 1, every rank of this command holds whole weights; got 2; use parallel.tensor=1"),
+    ("eval", f"{N}=2 parallel.pipeline=2", "parallel.pipeline: 1, every rank of this command holds whole weights; got 2; use parallel.pipeline=1"),
+    ("eval", f"{N}=2 parallel.expert=2", "parallel.expert: 1, every rank of this command holds whole weights; got 2; use parallel.expert=1"),
     ("eval", f"{N}=2 parallel.expert_tensor=2", "parallel.expert_tensor: 1, every rank of this command holds whole weights; got 2; use parallel.expert_tensor=1"),
     ("eval", f"{N}=2 parallel.context=2", "parallel.context: 1, every rank of this command holds whole weights; got 2; use parallel.context=1"),
     ("export", f"{N}=2 parallel.context=2", "parallel.context: 1, every rank of this command holds whole weights; got 2; use parallel.context=1"),
-    ("rl", "parallel.stages=EttL", "parallel.stages: null, every rank of this command holds all layers; got EttL; use parallel.stages=null"),
+    ("eval", "parallel.stages=EttL", "parallel.stages: null, every rank of this command holds all layers; got EttL; use parallel.stages=null"),
     *((command, f"parallel.{axis}=0", f"parallel.{axis}: at least 1; got 0; use parallel.{axis}=1")
       for command, axis in zip(["pretrain", "sft", "rl", "eval", "chat"], ["tensor", "pipeline", "context", "expert", "expert_tensor"], strict=True)),
 ]  # fmt: skip
@@ -119,6 +119,8 @@ RIGHT = [
     ("pretrain", f"{N}=2 parallel.context=2 parallel.expert=2 parallel.context_exchange=ring"),
     ("pretrain", "pipeline=none dispatcher=local"),
     ("rl", f"{N}=2 parallel.context=2"),
+    ("rl", f"{N}=4 parallel.tensor=2 parallel.expert=2"),
+    ("rl", f"{N}=2 parallel.pipeline=2"),
     ("sft", f"{N}=2 parallel.expert=2 dispatcher=deepep device.kind=cuda precision.dtype=bf16"),
 ]
 

@@ -113,7 +113,7 @@ BAD = [
     ("rl", "launch.processes=3", "rl.prompts_per_rollout", "a multiple of the 3 data ranks; got 32; use rl.prompts_per_rollout=30 or 33"),
     ("rl", "rl.updates_per_rollout=7", "rl.updates_per_rollout", "divides the 512 responses of a rollout"),
     ("rl", "rl.sampling.temperature=0", "rl.sampling.temperature", "above 0, the likeliest token has no probability to learn from"),
-    ("rl", "launch.processes=2 parallel.tensor=2", "parallel.tensor", "1, every rank of this command holds whole weights; got 2; use"),
+    ("eval", "launch.processes=2 parallel.tensor=2", "parallel.tensor", "1, every rank of this command holds whole weights; got 2; use"),
     ("export", "launch.processes=2 parallel.context=2", "parallel.context", "1, every rank of this command holds whole weights; got 2"),
     ("chat", "launch.processes=2", "launch.processes", "1, a conversation has one terminal; got 2; use launch.processes=1"),
     ("sft", "model.expert_bias_update_rate=-1", "model.expert_bias_update_rate", "a number, at least 0; got -1"),

@@ -62,14 +62,11 @@ CASES: dict[int, list[Case]] = {
         Case("dp2", micro_batch_size=4),
         Case("tp2", {"tensor": 2}),
         Case("pp2", {"pipeline": 2}),
-        Case("pp2_by_hand", {"pipeline": 2, "stages": "Ettt|ttmL"}),
         Case("pp2_interleaved", {"pipeline": 2}, pipeline=schedule("interleaved")),
         Case("pp2_zb1p", {"pipeline": 2}, pipeline=schedule("zb1p")),
         Case("pp2_dualpipev", {"pipeline": 2}, pipeline=schedule("dualpipev")),
-        Case("pp2_dualpipev_tied_without_mtp", {"pipeline": 2}, pipeline=schedule("dualpipev"), model=NO_MTP | TIED),
         Case("cp2", {"context": 2}),
         Case("ep2", {"expert": 2}),
-        Case("ep2_allgather", {"expert": 2}, dispatcher=dispatch("allgather")),
     ],
     4: [
         Case("pp4", {"pipeline": 4}),
@@ -84,6 +81,9 @@ CASES: dict[int, list[Case]] = {
 
 MORE: dict[int, list[Case]] = {
     2: [
+        Case("pp2_by_hand", {"pipeline": 2, "stages": "Ettt|ttmL"}),
+        Case("pp2_dualpipev_tied_without_mtp", {"pipeline": 2}, pipeline=schedule("dualpipev"), model=NO_MTP | TIED),
+        Case("ep2_allgather", {"expert": 2}, dispatcher=dispatch("allgather")),
         Case("dp2_accumulate4", micro_batch_size=1),
         Case("pp2_packed", {"pipeline": 2}, packed=True),
         Case("cp2_ring_packed", {"context": 2, **RING}, packed=True),

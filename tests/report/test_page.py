@@ -1,4 +1,5 @@
 import json
+import random
 import re
 from html.parser import HTMLParser
 
@@ -7,6 +8,10 @@ import pytest
 from r1mega.config.data import ReportConfig
 from r1mega.config.errors import UserError
 from r1mega.report.page import duration, report
+from r1mega.rl.ledger import Ledger
+from tests.report.boxes import faults, figures
+from tests.report.conftest import _reinforcement, write_lines
+from tests.rl.ledgers import write_run, write_samples
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -177,3 +182,44 @@ def test_an_absent_folder_is_a_user_error(tmp_path):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_reinforcement_run_alone(tmp_path):
+    folder = tmp_path / "run"
+    ids = write_run(folder / "ledger", rollouts=3)
+    ledger = Ledger(folder / "ledger", 2, 0, 3, 6)
+    write_samples(ledger, [6], 6, seconds=9.5, failure="<too slow>")
+    lines = _reinforcement(random.Random(1), 3, 0.3, 0.5)
+    for line in lines:
+        line |= {
+            "reward/gsm8k": 1.25, "reward/sums": 0.5, "generated_tokens_per_second": 900.0, "tokens_per_second": 400.0, "idle_share": 0.4,
+            "engine_idle_share": 0.5, "push_seconds": 0.2, "push_gbps": 1.5, "dropped_groups": 0.5, "staleness": 0.2, "staleness_max": 1.0,
+            "slowest_reward_seconds": 9.5, "reward_seconds": 0.4, "response_length_max": 60, "seconds_value": 0.1,
+        }  # fmt: skip
+    write_lines(folder / "metrics.jsonl", lines)
+    (folder / "config.yaml").write_text(
+        "command: rl\nchoices: {}\nconfig:\n  seed: 3\n  reward: {weights: {accuracy: 1, format: 1}}\n"
+    )
+    _, text, page = make(folder)
+    labels = {plot["label"] for plot in page.plots}
+    assert {
+        "Reward by source: run", "Reward by name: run", "Response length", "Longest response", "Groups left out", "Groups without a signal",
+        "Entropy", "Clipped ratios", "Staleness, mean of all tokens", "Staleness, largest", "Train / rollout difference, largest",
+        "Train / rollout difference, mean", "Generation", "Throughput", "Trainer waits for responses", "Engine without work",
+        "Weight push", "Weight push, speed", "Judging", "Slowest call of a reward", "Samples: run", "Time per phase of reinforcement",
+    } <= labels  # fmt: skip
+    assert [fault for figure in figures(text) for fault in faults(figure)] == []
+    shown = "".join(page.text)
+    assert "gsm8k" in shown and "Slowest rewards" in shown and "script" not in page.tags
+    row = re.search(r'<tr><td data-head="reward">accuracy</td>.*?</tr>', text)[0]
+    cells = re.findall(r">([^<]*)</td>", row)
+    assert cells == ["accuracy", "p6", "9.5", "0", "&lt;too slow&gt;", "2.0.1", "-"]
+    assert text.count('<td data-head="sample">') == 12 and ids[0][0] in shown
+
+
+def test_more_sources_than_colours(tmp_path):
+    lines = [{"update": step, "reward": 1.0, **{f"reward/s{source:02}": 0.1 * source for source in range(11)}} for step in (1, 2)]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    _, text, page = make(tmp_path)
+    assert "8 of 11 sources; metrics.jsonl has all." in text and "s07" in text and "s08" not in text
+    assert "Slowest rewards" not in text and "Samples: " not in text

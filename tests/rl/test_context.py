@@ -88,6 +88,7 @@ def rolled_out(place: Path, out: Path, **degrees: Any) -> dict[str, Any]:  # noq
     with ExitStack() as stack:
         run = opened(place, out, BALANCE_OFF, stack, **degrees)
         drawn, shares = [], []
+
         def counted(prompts, *args):
             shares.append(len(prompts))
             return true(prompts, *args)
@@ -202,7 +203,9 @@ def test_places_share_the_groups_whatever_the_number_of_ranks() -> None:
     from types import SimpleNamespace
 
     def mesh(data, context, tensor):
-        axes = {name: SimpleNamespace(rank=rank, size=size) for name, (rank, size) in {"context": context, "tensor": tensor}.items()}
+        axes = {
+            name: SimpleNamespace(rank=rank, size=size) for name, (rank, size) in {"context": context, "tensor": tensor}.items()
+        }
         axes["pipeline"] = SimpleNamespace(rank=0, size=1)
         return SimpleNamespace(axes=axes, data_rank=data[0], data_size=data[1])
 

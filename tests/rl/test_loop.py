@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from r1mega import api
 from r1mega.config.errors import Stopped, UserError
 from r1mega.config.rl import ProblemDataConfig, RewardConfig, RlConfig, RolloutConfig
 from r1mega.config.run import SamplingConfig
@@ -39,6 +40,7 @@ from r1mega.train import checkpoint
 from r1mega.train.checkpoint import latest
 from r1mega.train.pretrain import pretrain
 from tests.train.cases import CPU, OPTIM, lines, pretrain_config, stored, write_data
+from tests.train.test_prometheus import free_port, parsed, scrape
 
 SIZES = RolloutConfig(
     rollouts=2,
@@ -54,7 +56,9 @@ TIMED = (
     "seconds_rollout", "seconds_value", "seconds_score", "seconds_train", "seconds_push", "peak_gib", "save_stall_seconds",
     "idle_share", "push_seconds", "push_gbps", "push_proof_seconds",
 )  # fmt: skip
-MAY_BE_NOTHING = ("seconds_reward", "generated_tokens_per_second", "tokens_per_second", "slowest_reward_seconds")
+MAY_BE_NOTHING = (
+    "reward_seconds", "generated_tokens_per_second", "tokens_per_second", "slowest_reward_seconds", "engine_idle_share",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +139,8 @@ def test_two_rollouts(place: Path, straight) -> None:
     assert state["init"]["digest"] == checkpoint.digest(place / "seed") and state["cursor"]["consumed"] == 4
     for line in told:
         assert line["push_proof"] == "checksum" and line["push_bytes"] > 0 and line["staleness_max"] == 0 and line["turns"] == 1
+        assert line["tokens_per_second"] > 0 and line["generated_tokens_per_second"] > 0 and 0 <= line["engine_idle_share"] < 1
+        assert line["reward/problems"] == line["reward"] and line["responses"] == 8 and line["response_length_max"] <= 6
         assert 0 <= line["idle_share"] <= 1 and line["dropped_groups"] == 0 and line["slowest_reward_seconds"] >= 0
 
 
@@ -155,6 +161,29 @@ def test_the_ledger_says_what_each_rollout_used(place: Path, straight) -> None:
             version = 0 if frame.values["rollout"] == 1 else 2
             assert entry.values["versions"] == [[version, 0, len(arrays["tokens"])]]
             assert set(entry.values["rewards"]) == {"accuracy", "format"}
+
+
+def test_why_timeline_and_report_of_a_run(place: Path, straight) -> None:
+    """The update that the ledger names for a sample is the one whose minibatch it was in: those of the learner's own order."""
+    run = place / "straight"
+    told = api.why(f"run={run}", "step=2")
+    order = list(range(8))
+    random.Random("1:1:minibatches").shuffle(order)
+    assert [row["update"] for row in told["samples"]] == [3 if place in order[0::2] else 4 for place in range(8)]
+    assert (told["updates"], told["staleness_tokens"]) == ([3, 4], {"0": told["tokens"]}) and told["faults"] == []
+    assert {"rollout", "value", "score", "train", "push"} == set(told["seconds"]) and told["sources"]["problems"]["samples"] == 8
+    for row in told["samples"]:
+        assert row["began"] <= row["generated"] <= row["judged"] <= row["used"] and row["logprobs"]["count"] == row["tokens"]
+    line = lines(run)[1]
+    assert line["reward"] == pytest.approx(sum(row["reward"] for row in told["samples"]) / 8, rel=1e-4)
+    one = api.why(f"run={run}", f"sample={told['samples'][0]['sample']}")
+    assert "+1" in one["prompt"] and one["response"] is not None and one["rollout"] == 2
+    assert api.why(f"run={run}")["samples"] == {"used": 16, "dropped": 0, "waiting": 0, "void": 0}
+    traced = api.timeline(f"run={run}", f"target={place / 'trace.json'}")
+    assert traced["samples"] == 16 and traced["rollouts"] == [1, 2]
+    api.report(f"run={run}", f"target={place / 'page.html'}")
+    page = (place / "page.html").read_text()
+    assert all(title in page for title in ("Samples: straight", "Reward by source: straight", "Slowest rewards", "Generation"))
 
 
 def test_a_run_that_is_asked_to_end_saves_and_goes_on_bit_for_bit(place: Path, straight, digits, tmp_path, monkeypatch) -> None:
@@ -256,6 +285,20 @@ def loop(place: Path, tmp_path: Path):
             return run
 
         yield make
+
+
+def test_a_run_is_scraped(place: Path, tmp_path: Path) -> None:
+    settings = config(place, tmp_path / "run")
+    settings.log.prometheus_port = free_port()
+    with ExitStack() as stack:
+        run = Run(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits(), stack)
+        run.push()
+        turn(run)
+        found = parsed(scrape(settings.log.prometheus_port).text)
+    label = 'run="run"'
+    counted = [found[f"r1mega_{name}_total", label] for name in ("rollouts", "samples", "reward_failures", "engine_deaths")]
+    assert counted == [1.0, 8.0, 0.0, 0.0] and found["r1mega_update", label] == 2.0 and found["r1mega_push_seconds", label] > 0
+    assert found["r1mega_reward_by_source", f'{label},source="problems"'] == pytest.approx(found["r1mega_reward", label])
 
 
 def taken(run: Run) -> tuple[list[RolloutRow], dict[str, list[float]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,21 +13,21 @@ import torch
 from r1mega.config.rl import OverlongConfig
 from r1mega.rl.advantage import BatchAdvantage
 from r1mega.rl.batch import RolloutRow, microbatches
-from r1mega.rl.loop import RlLoop, rl
+from r1mega.rl.loop import rl
 from r1mega.rl.loss import CispoLoss, DapoLoss, GspoLoss
+from r1mega.rl.run import Run
 from r1mega.rl.setup import open_policy, open_run_mesh
 from r1mega.rl.types import Completion
 from r1mega.train import checkpoint
-from tests.rl.test_loop import Digits, config, digits, loop, place, same, weights  # noqa: F401  fixtures
+from tests.rl.test_loop import Digits, config, digits, loop, place, same, taken, weights  # noqa: F401  fixtures
 from tests.train.cases import lines
 
 
 def test_a_batch_baseline_is_over_all_data_ranks() -> None:
-    theirs, ours = [0.0, 1.0, 1.0, 1.0], [4.0, 2.0, 0.0, 0.0]
-    rows = [RolloutRow([1], Completion([2], [-1.0], "stop"), counts=idx != 1) for idx in range(4)]
+    theirs, ours, counts = [0.0, 1.0, 1.0, 1.0], [4.0, 2.0, 0.0, 0.0], [True, False, True, True]
 
     def gather_objects(mine):
-        assert mine == (ours, [True, False, True, True])
+        assert mine == (ours, counts)
         return [(theirs, [True] * 4), mine]
 
     run = SimpleNamespace(
@@ -34,7 +35,7 @@ def test_a_batch_baseline_is_over_all_data_ranks() -> None:
         sizes=SimpleNamespace(group_size=2),
         advantages=BatchAdvantage().build(),
     )
-    got = RlLoop._advantages(run, rows, ours)
+    got = Run.advantages_of(run, ours, counts)
     counted = torch.tensor([*theirs, 4.0, 0.0, 0.0])
     want = (torch.tensor(ours) - counted.mean()) / counted.std(correction=0)
     assert got == pytest.approx([want[0].item(), 0.0, want[2].item(), want[3].item()], rel=1e-5)
@@ -58,27 +59,28 @@ def test_rows_that_do_not_count_are_in_no_sum() -> None:
 
 def test_overlong_responses_are_punished_and_truncated_ones_do_not_count(loop) -> None:  # noqa: F811
     run = loop(overlong=OverlongConfig(cache_tokens=4, penalty=0.5, mask_truncated=True))
-    rows, problems = run.generate()
-    rows[0] = RolloutRow(rows[0].prompt, Completion([30, 31, 32], [-1.0] * 3, "stop"))
-    rows[1] = RolloutRow(rows[1].prompt, Completion([30] * 6, [-1.0] * 6, "length"))
-    judged = run.judge(rows, problems)
+    made = run.take()
+    made.samples[0].completion = Completion([30, 31, 32], [-1.0] * 3, "stop")
+    made.samples[1].completion = Completion([30] * 6, [-1.0] * 6, "length")
+    rows, judged = run.value(made)
     assert judged["overlong"][:2] == [-0.125, -0.5]
     for row, punished, reward, accuracy in zip(rows, judged["overlong"], judged["reward"], judged["accuracy"], strict=True):
         assert reward == pytest.approx(accuracy + punished)
         assert row.counts == (row.completion.finish_reason != "length") and (row.counts or row.advantage == 0)
-    run.score(rows)
-    trained = sum(result.stats["num_tokens"] for result in run.train(rows))
+    run.learner.score(rows)
+    trained = sum(result.stats["num_tokens"] for result in run.learner.train(rows, 0))
     counted = sum(len(row.completion.token_ids) for row in rows if row.counts)
     assert 0 < trained == counted < sum(len(row.completion.token_ids) for row in rows)
 
 
 def test_a_minibatch_of_truncated_responses_has_no_loss(loop) -> None:  # noqa: F811
     run = loop(overlong=OverlongConfig(mask_truncated=True))
-    rows, problems = run.generate()
-    rows = [RolloutRow(row.prompt, Completion([30] * 6, [-1.0] * 6, "length")) for row in rows]
-    run.judge(rows, problems)
-    run.score(rows)
-    for result in run.train(rows):  # what gradient there is, is the balance loss's
+    made = run.take()
+    for sample in made.samples:
+        sample.completion = Completion([30] * 6, [-1.0] * 6, "length")
+    rows, _ = run.value(made)
+    run.learner.score(rows)
+    for result in run.learner.train(rows, 0):  # what gradient there is, is the balance loss's
         assert result.loss == 0 and not result.trouble and result.stats["num_tokens"] == 0
 
 
@@ -111,22 +113,22 @@ def test_a_teacher_pulls_the_policy_to_itself(place: Path, digits, tmp_path: Pat
     settings.optim = replace(settings.optim, lr=1e-3, warmup_steps=0)
     mesh, init = open_run_mesh(settings), checkpoint.resolve(place / "seed")
     seed = {name: value.clone() for name, value in open_policy(settings, init, mesh, None, {}).trainee.named_tensors()}
-    run = RlLoop(settings, mesh, init, Digits())
-    start = weights(run)
-    assert not same(start, run.policy._teacher) and same(start, seed), "the policy begins with its own weights"
-    rows, problems = run.generate()
-    run.judge(rows, problems)
+    with ExitStack() as stack:
+        run = Run(settings, mesh, init, Digits(), stack)
+        start = weights(run)
+        assert not same(start, run.policy._teacher) and same(start, seed), "the policy begins with its own weights"
+        run.push()
+        rows, _ = taken(run)
 
-    def gap() -> float:
-        run.score(rows)
-        return torch.cat([row.old - row.teacher for row in rows]).abs().mean().item()
+        def gap() -> float:
+            run.learner.score(rows)
+            return torch.cat([row.old - row.teacher for row in rows]).abs().mean().item()
 
-    before = gap()
-    taught = {name: tensor.clone() for name, tensor in run.policy._teacher.items()}
-    for _ in range(4):
-        run.train(rows)
-    assert gap() < 0.9 * before and same(taught, run.policy._teacher)
-    run.metrics.close()
+        before = gap()
+        taught = {name: tensor.clone() for name, tensor in run.policy._teacher.items()}
+        for rollout in range(4):
+            run.learner.train(rows, rollout)
+        assert gap() < 0.9 * before and same(taught, run.policy._teacher)
 
 
 class Nothing:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from r1mega.config.errors import UserError
 from r1mega.config.run import SamplingConfig
 from r1mega.rl.types import Completion
 
@@ -29,6 +30,10 @@ class EngineRuntime:
     eos_id: int = 1
     pad_id: int = 0
     folder: str = ""
+
+
+class RoutingRefused(UserError):
+    """A response whose record of experts is not whole: it is made again."""
 
 
 @dataclass(frozen=True)

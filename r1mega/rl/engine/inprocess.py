@@ -22,7 +22,7 @@ from r1mega.rl.engine import weights
 from r1mega.rl.engine.batcher import Batcher
 from r1mega.rl.engine.contract import EngineRuntime, Request
 from r1mega.rl.engine.local import LocalEngine
-from r1mega.rl.engine.mla import LatentCache, prefill, step
+from r1mega.rl.engine.mla import ExpertTap, LatentCache, prefill, step
 from r1mega.rl.types import Completion
 
 DRAWN_STEPS = 64
@@ -55,6 +55,7 @@ class InProcessEngine:
             ):  # fp32 in every format, as transformers itself has it after loading files
                 module.e_score_correction_bias = module.e_score_correction_bias.float()
         self.model.to(self.device).eval().requires_grad_(False)
+        self._tap = ExpertTap(self.model) if choice.routed_experts else None
         batcher = Batcher(self._complete)
         self.complete, self.pause, self.resume = batcher.ask, batcher.pause, batcher.resume
 
@@ -79,7 +80,7 @@ class InProcessEngine:
         for places in by_sampling.values():
             prompts, seeds = [requests[place].prompt for place in places], [requests[place].seed for place in places]
             for place, completion in zip(places, self.generate(prompts, requests[places[0]].sampling, seeds), strict=True):
-                done[place] = completion
+                done[place] = dataclasses.replace(completion, versions=((self.version, 0, len(completion.token_ids)),))
         return done
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
@@ -131,8 +132,18 @@ class InProcessEngine:
 
     @torch.inference_mode()
     def _decode(self, prompts: list[list[int]], rows: list[int], sampling: SamplingConfig, seeds: list[str]) -> list[Completion]:
-        limit = sampling.max_new_tokens
-        logits_BV, cache = self._prefill([prompts[row] for row in rows], limit)
+        tap = self._tap
+        with tap.hearing() if tap else contextlib.nullcontext({}) as heard:
+            return self._decode_heard([prompts[row] for row in rows], sampling, [seeds[row] for row in rows], heard)
+
+    def _decode_heard(
+        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[str], heard: dict[int, torch.Tensor]
+    ) -> list[Completion]:
+        """``heard``: where the tap writes the experts of this thread's last forward pass."""
+        rows, limit, tap = range(len(prompts)), sampling.max_new_tokens, self._tap
+        logits_BV, cache, of_prompts = self._prefill(prompts, limit, heard)
+        if tap:
+            experts = torch.full((len(rows), limit, tap.layers, tap.top_k), -1, dtype=torch.int16, device=self.device)
         positions = torch.arange(cache.largest, device=self.device)[None]
         cos, sin = self.model.model.rotary_emb(torch.empty(0, dtype=self.dtype, device=self.device), positions)
         live_B = torch.arange(len(rows), device=self.device)
@@ -142,7 +153,7 @@ class InProcessEngine:
         ended = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         for now in range(limit):
             if now % DRAWN_STEPS == 0:
-                uniform = _uniform([seeds[row] for row in rows], now // DRAWN_STEPS).to(self.device)
+                uniform = _uniform(seeds, now // DRAWN_STEPS).to(self.device)
             drawn_B, logprob_B = draw(logits_BV, uniform[live_B, now % DRAWN_STEPS], sampling.temperature)
             tokens[live_B, now], logprobs[live_B, now] = drawn_B, logprob_B
             stopped_B = (drawn_B == self.runtime.eos_id) & ~ended[live_B]
@@ -157,30 +168,43 @@ class InProcessEngine:
                 cache.keep(keep)
                 live_B, drawn_B = live_B[keep], drawn_B[keep]
             logits_BV = step(self.model, cache, drawn_B, (cos[0], sin[0]))
+            if tap:
+                experts[live_B, now] = tap.record(heard, len(live_B), 1, self.device)[:, 0]
+        lengths = length_B.tolist()
+        routed = [None] * len(rows)
+        if tap:
+            routed = [torch.cat([of_prompts[row], experts[row, : lengths[row] - 1].cpu()]) for row in rows]
         return [
-            Completion(row_tokens[:length], row_logprobs[:length], "stop" if stop else "length")
-            for row_tokens, row_logprobs, length, stop in zip(
-                tokens.tolist(), logprobs.tolist(), length_B.tolist(), ended.tolist(), strict=True
+            Completion(row_tokens[:length], row_logprobs[:length], "stop" if stop else "length", routed_experts=record)
+            for row_tokens, row_logprobs, length, stop, record in zip(
+                tokens.tolist(), logprobs.tolist(), lengths, ended.tolist(), routed, strict=True
             )
         ]
 
-    def _prefill(self, prompts: list[list[int]], limit: int) -> tuple[torch.Tensor, LatentCache]:
-        """Logits [B, V] and cache after the prompts, each distinct one read once, in passes of at most ``prefill_tokens``."""
+    def _prefill(
+        self, prompts: list[list[int]], limit: int, heard: dict[int, torch.Tensor]
+    ) -> tuple[torch.Tensor, LatentCache, list[torch.Tensor]]:
+        """Logits [B, V] and cache after the prompts, each distinct one read once, in passes of at most ``prefill_tokens``; and the
+        experts of each prompt's tokens, on the host, where there is a tap."""
         distinct = {tuple(prompt): None for prompt in prompts}
         for idx, prompt in enumerate(distinct):
             distinct[prompt] = idx
         largest = max(map(len, prompts)) + limit
-        parts, waiting = [], []
+        parts, waiting, experts = [], [], []
         for prompt in [*distinct, None]:
             if waiting and (prompt is None or (len(waiting) + 1) * max(len(prompt), len(waiting[-1])) > self.choice.prefill_tokens):
                 parts.append(prefill(self.model, waiting, self.runtime.pad_id, largest))
+                if self._tap:
+                    record = self._tap.record(heard, len(waiting), max(map(len, waiting)), self.device).cpu()
+                    experts += [record[row, : len(read)] for row, read in enumerate(waiting)]
                 waiting = []
             if prompt is not None:
                 waiting.append(list(prompt))
         cache = LatentCache.joined([part for _, part in parts])
         shared = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=self.device)
         cache.keep(shared)
-        return torch.cat([logits for logits, _ in parts])[shared], cache
+        of_prompts = [experts[distinct[tuple(prompt)]] for prompt in prompts] if self._tap else []
+        return torch.cat([logits for logits, _ in parts])[shared], cache, of_prompts
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ class LocalEngine:
 
     max_batch: int = knob(1024, "responses decoded together; what is drawn does not depend on it", "responses", **at_least(1))
     prefill_tokens: int = knob(8192, "prompt tokens of one forward pass, padding included", "tokens", **at_least(1))
+    routed_experts: bool = knob(False, "tell the experts that each token went through (routing replay)", "bool")
     dtype: str = knob("as_is", "format of the weights; as_is: the trainer's", "name", **one_of("as_is", "float32", "bfloat16"))
 
     def build(self, runtime: EngineRuntime) -> InProcessEngine:

@@ -8,9 +8,45 @@ module but the attention's core is transformers' own. Draws nothing.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 from transformers import DynamicCache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb, apply_rotary_pos_emb_interleave
+
+
+class ExpertTap:
+    """The experts that a model's routers choose, of one thread's forward passes. ``layers``: of the decoder, dense ones too."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.layers, self.top_k = len(model.model.layers), model.config.num_experts_per_tok
+        self._heard = threading.local()
+        for place, layer in enumerate(model.model.layers):
+            if hasattr(layer.mlp, "gate"):
+                layer.mlp.gate.register_forward_hook(lambda gate, inputs, output, place=place: self._hear(place, output[2]))
+
+    def _hear(self, place: int, chosen_TK: torch.Tensor) -> None:
+        heard = getattr(self._heard, "by_layer", None)
+        if heard is not None:
+            heard[place] = chosen_TK
+
+    @contextlib.contextmanager
+    def hearing(self) -> Iterator[dict[int, torch.Tensor]]:
+        """Inside, what this thread's last forward pass chose, by layer: int64 [tokens, K]."""
+        self._heard.by_layer = heard = {}
+        try:
+            yield heard
+        finally:
+            self._heard.by_layer = None
+
+    def record(self, heard: dict[int, torch.Tensor], rows: int, tokens: int, device: torch.device) -> torch.Tensor:
+        """What was heard of so many rows of so many tokens, as one tensor: int16 [rows, tokens, layers, K], -1 in dense layers."""
+        made = torch.full((rows, tokens, self.layers, self.top_k), -1, dtype=torch.int16, device=device)
+        for place, chosen_TK in heard.items():
+            made[:, :, place] = chosen_TK.view(rows, -1, self.top_k).to(torch.int16)
+        return made
 
 
 class LatentCache:

@@ -84,7 +84,7 @@ def home(sglang_python: str, tmp_path_factory) -> Iterator[Home]:
     folder = tmp_path_factory.mktemp("sglang")
     config = tiny_config()
     runtime = EngineRuntime(config, eos_id=EOS, folder=str(folder))
-    engine = SglangEngine(python=sglang_python, start_seconds=400).build(runtime)
+    engine = SglangEngine(python=sglang_python, start_seconds=400, routed_experts=True).build(runtime)
     try:
         models = [write_model(config, seed, folder / f"model{seed}") for seed in range(2)]
         made = Home(engine, runtime, config, models, [folder / "model0", folder / "model1"], folder)

@@ -12,6 +12,7 @@ import torch
 from r1mega.config.errors import UserError
 from r1mega.config.run import SamplingConfig
 from r1mega.rl.engine import EngineRuntime, Request, SglangEngine
+from r1mega.rl.engine.sglang.answers import RoutingError
 from r1mega.rl.engine.sglang.client import EngineError, Server
 from r1mega.rl.engine.sglang.features import Features
 from tests.rl.engine.fake import LETTERS, FakeServer, serving
@@ -335,7 +336,7 @@ async def test_routed_experts_are_checked_and_join_over_a_pause():
             return answer
 
         fake.spoil = short
-        with pytest.raises(EngineError, match=r"routed experts are int32 \[5, 3, 2\]"):
+        with pytest.raises(RoutingError, match=r"routed experts are int32 \[5, 3, 2\]"):
             await served.complete(ask(3))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +47,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def config(place: Path, home: Home, out: Path, push: str, rollouts: int, **sizes) -> RlConfig:
-    """``rollouts`` of 16 responses with the quickstart's objective."""
+    """``rollouts`` of 32 responses with the quickstart's objective, and steps as large as so few of them need."""
     name = f"{Early.__module__}.{Early.__qualname__}"
     return RlConfig(
         name=out.name,
@@ -58,8 +58,8 @@ def config(place: Path, home: Home, out: Path, push: str, rollouts: int, **sizes
         rl=RolloutConfig(
             rollouts=rollouts,
             prompts_per_rollout=2,
-            group_size=8,
-            updates_per_rollout=2,
+            group_size=16,
+            updates_per_rollout=4,
             micro_batch_size=8,
             sampling=SamplingConfig(temperature=1.0, max_new_tokens=8),
             **sizes,
@@ -70,7 +70,7 @@ def config(place: Path, home: Home, out: Path, push: str, rollouts: int, **sizes
         engine=SglangEngine(url=home.engine.servers[0].url),
         push=lookup("push", push)(),
         environment=Single(),
-        optim=OPTIM,
+        optim=replace(OPTIM, lr=1e-2, min_lr=1e-2, warmup_steps=1, decay="constant"),
     )
 
 
@@ -83,16 +83,32 @@ def test_the_reward_rises(place: Path, home: Home, tmp_path: Path, push: str) ->
     assert all(line["rollout_diff_max"] < 1e-3 for line in told), "the trainer's rescoring agrees with the server's"
     assert all(line["push_proof"] == "checksum" and line["staleness_max"] == 0 for line in told)
     rewards = [line["reward"] for line in told]
-    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.05, rewards
+    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.2, rewards
     history = History(tmp_path / push / "ledger")
     assert history.audit() == []
     assert {frame.values["finish_reason"] for frame in history.samples().values()} <= {"stop", "length"}
-    assert home.engine.servers[0].get("/model_info")["weight_version"] == "12", "two updates a rollout, the last one pushed"
+    assert home.engine.servers[0].get("/model_info")["weight_version"] == "24", "four updates a rollout, the last one pushed"
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_the_servers_experts_are_replayed(place: Path, home: Home, tmp_path: Path, lag: int) -> None:
+    """Every response has its experts, over interruptions by a push too; under the same weights the trainer's routers choose alike."""
+    settings = config(place, home, tmp_path / "r3", "tensor", rollouts=2, lag=lag, routing_replay="r3")
+    settings.engine = replace(settings.engine, routed_experts=True)
+    rl(settings)
+    told = lines(tmp_path / "r3")
+    assert len(told) == 2 and all(line["routing_refused"] == 0 and line["grad_norm"] > 0 for line in told)
+    for line in told:
+        assert len(line["routing_agreement"]) == 3
+        if line["staleness"] == 0:
+            assert min(line["routing_agreement"]) > 0.99 and line["rollout_diff_max"] < 1e-3
+        else:
+            assert min(line["routing_agreement"]) < 0.99, "two updates of this size move the routers"
 
 
 def test_running_ahead_of_the_trainer(place: Path, home: Home, tmp_path: Path) -> None:
     rl(config(place, home, tmp_path / "ahead", "tensor", rollouts=4, lag=1))
     told = lines(tmp_path / "ahead")
-    assert all(line["staleness_max"] <= 2 for line in told) and max(line["staleness_max"] for line in told) > 0
+    assert all(line["staleness_max"] <= 4 for line in told) and max(line["staleness_max"] for line in told) > 0
     history = History(tmp_path / "ahead/ledger")
     assert history.audit() == [] and sorted(history.uses()) == [1, 2, 3, 4]

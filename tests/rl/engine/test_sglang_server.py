@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,18 @@ import torch
 
 from r1mega.config.errors import UserError
 from r1mega.config.run import SamplingConfig
+from r1mega.model.names import from_hf
+from r1mega.model.published import model_of
+from r1mega.rl.batch import RolloutRow, microbatches
 from r1mega.rl.engine import LocalEngine, Request, SglangEngine
 from r1mega.rl.engine.sglang import launch, probe
 from r1mega.rl.engine.sglang.client import EngineError
+from r1mega.rl.routing import RoutingShape, Scoring
 from r1mega.rl.types import Completion
 from r1mega.testing.contracts import checkpoint_tensors
+from r1mega.train.policy import Policy
 from tests.rl.engine.conftest import EOS, Home
+from tests.train.cases import one_rank
 
 PROMPTS = [[5, 9, 11], [7], [5, 9, 11], [8, 8, 2, 40, 41, 42, 43, 44, 45], [300, 60], [5, 9, 11]]
 
@@ -109,6 +116,33 @@ def test_a_pause_with_other_weights_gives_spans_that_each_are_their_weights(home
             torch.testing.assert_close(got[start:end], scores[version][start:end], atol=1e-3, rtol=0)
             assert (got[start:end] - scores[13 - version][start:end]).abs().max() > 0.1, "the other weights would show"
         assert one.versions[-1][2] == len(one.token_ids) == len(one.logprobs)
+
+
+def test_routed_experts_are_those_that_the_trainer_would_choose(home: Home) -> None:
+    """Prompts that the server's cache has, as a whole and in part, among them: a cached token's experts are told all the same."""
+    home.load(0, version=11)
+    first = complete(home, PROMPTS, temperature=1.0, max_new_tokens=24)
+    longer = [prompt + one.token_ids[:-1] for prompt, one in zip(PROMPTS, first, strict=True) if one.finish_reason == "length"]
+    assert longer
+    second = complete(home, longer, temperature=1.0, max_new_tokens=24)
+    model = replace(model_of(home.hf_config, "here"), num_mtp_layers=0)
+    shape, policy = RoutingShape.of(model), Policy(model, None, one_rank(), "fp32")
+    native = from_hf(model, checkpoint_tensors(home.models[0]))
+    for name, tensor in policy.trainee.named_tensors():
+        tensor.copy_(native[name])
+    rows = []
+    for prompt, one in zip(PROMPTS + longer, first + second, strict=True):
+        experts = one.routed_experts
+        assert (experts[:, : shape.num_dense] == 0).all(), "dense layers have rows of zeros"
+        record = shape.checked(experts, len(prompt), [True] * len(one.token_ids))
+        assert (record[:, shape.num_dense :] < shape.num_experts).all(), "every token of prompt and response"
+        rows.append(RolloutRow(prompt, replace(one, routed_experts=record)))
+    batches = microbatches(rows, 4, 2, torch.device("cpu"), record=lambda row: row.completion.routed_experts)
+    for mode in ("none", "r3"):
+        routes = Scoring(mode, shape.layers, torch.device("cpu"))
+        policy.score(batches, lambda output, batch: None, routes)
+        agreement = routes.agreement(policy.mesh)
+        assert len(agreement) == shape.layers - shape.num_dense and min(agreement) > 0.99, agreement
 
 
 def test_probe_features_and_refusals(home: Home) -> None:

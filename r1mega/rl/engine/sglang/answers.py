@@ -11,10 +11,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from r1mega.rl.engine.contract import RoutingRefused
 from r1mega.rl.engine.sglang.client import EngineError, Server
 
 if TYPE_CHECKING:
     import torch
+
+
+class RoutingError(EngineError, RoutingRefused):
+    """An answer whose record of experts is not what was asked for, and whose response may be whole."""
+
 
 WAY_OUT = "serve with an SGLang that r1mega doctor engine=sglang engine.url=URL finds whole"
 
@@ -62,8 +68,8 @@ def read(
     asked for; ``masked``: the kept tokens were asked for, and the log-probabilities are theirs.
     """
 
-    def refuse(rule: str, got: Any) -> EngineError:
-        return EngineError(server.url, "/generate", 200, f"{rule}; it gave {got}", WAY_OUT)
+    def refuse(rule: str, got: Any, kind: type[EngineError] = EngineError) -> EngineError:
+        return kind(server.url, "/generate", 200, f"{rule}; it gave {got}", WAY_OUT)
 
     about = answer.get("meta_info")
     if not isinstance(about, dict) or not isinstance(about.get("finish_reason"), dict):
@@ -131,12 +137,14 @@ def _experts(text: Any, rows: int, routing: Routing, refuse) -> torch.Tensor:
 
     wanted = rows * routing.layers * routing.top_k
     if not isinstance(text, str):
-        raise refuse("routed experts come with each response", f"{type(text).__name__}; start it with enable_return_routed_experts")
+        told = f"{type(text).__name__}; start it with enable_return_routed_experts"
+        raise refuse("routed experts come with each response", told, RoutingError)
     data = base64.b64decode(text)
     if len(data) != wanted * 4:
-        raise refuse(f"routed experts are int32 {[rows, routing.layers, routing.top_k]}", f"{len(data)} bytes for {wanted * 4}")
+        rule = f"routed experts are int32 {[rows, routing.layers, routing.top_k]}"
+        raise refuse(rule, f"{len(data)} bytes for {wanted * 4}", RoutingError)
     experts = torch.frombuffer(bytearray(data), dtype=torch.int32).view(rows, routing.layers, routing.top_k)
     low, high = (int(experts.min()), int(experts.max())) if wanted else (0, 0)
     if low < -1 or high >= routing.num_experts:
-        raise refuse(f"experts are numbered below {routing.num_experts}", f"{low} to {high}")
+        raise refuse(f"experts are numbered below {routing.num_experts}", f"{low} to {high}", RoutingError)
     return experts.to(torch.int16)

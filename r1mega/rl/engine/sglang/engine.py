@@ -127,6 +127,13 @@ class ServedEngine:
             await asyncio.sleep(LOOK_SECONDS)
         return found
 
+    async def wait_for_all(self) -> None:
+        """Return when every server answers again. Raises UserError where one of ours does not come back."""
+        while not all(seat.alive for seat in self.seats):
+            if self.fleet and self.fleet.failure:
+                raise self.fleet.failure
+            await asyncio.sleep(LOOK_SECONDS)
+
     async def complete(self, request: Request) -> Completion:
         """One response. Many run side by side; deaths of servers and pauses are not seen.
 
