@@ -15,7 +15,6 @@ from r1mega.config.errors import Violation
 from r1mega.config.launch_rules import address_of
 from r1mega.config.rl import RlConfig
 
-
 PASSED_ON = ("R1MEGA_", "NCCL_", "GLOO_", "TORCH_", "HF_", "WANDB_", "SGLANG_", "OMP_")
 """Starts of names of this process's variables that the roles get too; others by ``runtime.environment``."""
 
