@@ -27,11 +27,9 @@ from r1mega.config.rl import ProblemDataConfig
 from r1mega.config.run import ComputeConfig
 from r1mega.config.schema import schema
 from r1mega.files import View, quoted
+from r1mega.launch.local import RESULT_VARIABLE
 from r1mega.launch.start import start, starts
 from r1mega.train import manifest
-
-RESULT_VARIABLE = "R1MEGA_RESULT"
-"""Names the file in which rank 0 of started ranks leaves its result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +203,7 @@ def _tell_changes(config: Any, folder: str) -> None:
         if (
             key in before
             and before[key] != value
-            and key.partition(".")[0] not in ("launch", "log", "profile", "nvtx", "debug", "out", "name")
+            and key.partition(".")[0] not in ("launch", "runtime", "log", "profile", "nvtx", "debug", "out", "name")
         ):
             print(f"going on with {key}={value}, which was {before[key]} until here", file=sys.stderr)
 

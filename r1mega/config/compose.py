@@ -28,7 +28,7 @@ from r1mega.config.errors import UserError, nearest
 from r1mega.config.groups import config_dir
 from r1mega.config.model import ModelConfig
 from r1mega.config.overrides import Request, read, type_problem
-from r1mega.config.rl import RewardConfig
+from r1mega.config.rl import RewardConfig, RuntimeConfig
 from r1mega.config.run import DeviceConfig, LaunchConfig, ParallelConfig, PrecisionConfig
 from r1mega.config.schema import command_of, find, kinds, nearest_key, schema
 from r1mega.config.train import OptimConfig
@@ -41,6 +41,7 @@ PRESETS: dict[str, type] = {
     "optim": OptimConfig,
     "parallel": ParallelConfig,
     "reward": RewardConfig,
+    "runtime": RuntimeConfig,
 }
 """Groups whose options are YAML files of one dataclass."""
 

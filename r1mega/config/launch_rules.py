@@ -16,6 +16,9 @@ from r1mega.config.run import ComputeConfig, LaunchConfig
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """What the backends read to find the network interface; a value that is set is the user's, and stays."""
 
+VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
+"""Which GPUs a process sees."""
+
 TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}|UNLIMITED|INFINITE")
 GPUS_OF_DRIVER = Path("/proc/driver/nvidia/gpus")
 OURS = (
@@ -35,10 +38,12 @@ OURS = (
 def launch_violations(config: ComputeConfig) -> Iterator[Violation]:
     """Broken rules between the knobs of ``launch``; those of who starts ranks only where nobody has started them yet."""
     launch = config.launch
-    if "RANK" not in os.environ:
+    on_ray = getattr(getattr(config, "runtime", None), "kind", "local") == "ray"  # runtime_rules has the rules of that
+    if "RANK" not in os.environ and not on_ray:
         yield from _hosts(launch)
         yield from _slurm(launch)
-    yield from _devices(config)
+    if "RANK" in os.environ or not on_ray:
+        yield from _devices(config)
 
 
 def num_processes(launch: LaunchConfig) -> int:
@@ -104,7 +109,7 @@ def _devices(config: ComputeConfig) -> Iterator[Violation]:
 
 def visible_gpus() -> int | None:
     """GPUs that a process here may use: the driver's files, cut by CUDA_VISIBLE_DEVICES. None: they cannot be counted so."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = os.environ.get(VISIBLE_VARIABLE)
     driver = len(list(GPUS_OF_DRIVER.iterdir())) if GPUS_OF_DRIVER.is_dir() else None
     if named is None:
         return driver

@@ -182,6 +182,42 @@ class ProblemDataConfig:
 
 
 @dataclass
+class RuntimeConfig:
+    """Who holds the roles of ``r1mega rl``: trainer ranks and, with engine=sglang, its servers."""
+
+    kind: str = knob(
+        "local",
+        "local: ranks of the launcher, servers as children of rank 0; ray: both as actors of a Ray cluster, launch.processes ranks "
+        "on each of launch.hosts nodes (extra ray)",
+        "name",
+        **one_of("local", "ray"),
+    )
+    address: str = knob(
+        "auto",
+        "ray: the cluster, of which this machine is a node: HOST:PORT of its head; auto: the one that this machine has joined; "
+        "local: one of this machine alone, for this run",
+        "address",
+    )
+    placement: str = knob(
+        "spread",
+        "ray: where servers go: spread: on GPUs of their own, over the nodes; packed: the same on as few nodes as can be; "
+        "colocated: on the trainer's GPUs (engine.memory_saver=true)",
+        "name",
+        **one_of("spread", "packed", "colocated"),
+    )
+    rank_cpus: int = knob(1, "ray: CPU cores of each rank, as Ray counts them", "cores", **at_least(1))
+    server_cpus: int = knob(1, "ray: CPU cores of each server, as Ray counts them", "cores", **at_least(1))
+    connect_seconds: float = knob(60.0, "ray: longest wait for the cluster to answer", "seconds", **at_least(1))
+    wait_seconds: float = knob(
+        300.0,
+        "ray: longest wait for GPUs and cores that others use, and for a node in a lost one's place",
+        "seconds",
+        **at_least(1),
+    )
+    environment: dict[str, str] = knob({}, "ray: variables of all roles, beside their nodes' own", "name: value")
+
+
+@dataclass
 class RlConfig(ComputeConfig):
     """``r1mega rl``: GRPO and its kin, on-policy or running ahead."""
 
@@ -198,6 +234,7 @@ class RlConfig(ComputeConfig):
     engine: Any = knob(None, "registered choice: who generates", "choice")
     push: Any = knob(None, "registered choice: how the weights come to the engine", "choice")
     environment: Any = knob(None, "registered choice: what answers the policy's turns", "choice")
+    runtime: RuntimeConfig = knob(RuntimeConfig, "who holds the roles", "section")
     optim: OptimConfig = knob(OptimConfig, "optimizer and schedule", "section")
 
 

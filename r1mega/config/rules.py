@@ -33,6 +33,7 @@ from r1mega.config.parallel_rules import (
 from r1mega.config.precision_rules import bench_violations, precision_violations, row_violations, width_violations
 from r1mega.config.rl import ChatConfig, EvalConfig, ExportConfig, RewardConfig, RlConfig
 from r1mega.config.run import ComputeConfig, LogConfig, ParallelConfig
+from r1mega.config.runtime_rules import runtime_violations
 from r1mega.config.saving_rules import export_violations
 from r1mega.config.schema import plain_type
 from r1mega.config.train import TUNABLE_MODEL_FIELDS, OptimConfig, PretrainConfig, SftConfig
@@ -117,6 +118,7 @@ def cross_violations(config: Any) -> Iterator[Violation]:
         yield from _schedule(config.optim, config.trainer.steps, "trainer.steps")
         yield from export_violations("trainer", config.trainer)
     if isinstance(config, RlConfig):
+        yield from runtime_violations(config)
         yield from _loop(config)
         yield from _algorithm(config)
         yield from export_violations("rl", config.rl)

@@ -69,7 +69,7 @@ PARTS = {
         "sglang",
         "nothing where .venv-sglang is there (make sglang) or engine.python names another; engine=local needs none",
     ),
-    "ray": ("package", "ray", "nothing yet: this version starts processes itself (launch.processes) or joins torchrun's"),
+    "ray": ("package", "ray", "runtime=ray of rl; with runtime=local processes are started by launch"),
     "wandb": ("package", "wandb", "log.wandb=true: metrics on Weights & Biases"),
 }
 """Package to (probe, its argument, what is off without it)."""

@@ -28,6 +28,9 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NOTES_VARIABLE = "R1MEGA_NOTES"
 """Names the folder in which a launcher that is not ours alone, and its ranks, leave what we are to know."""
 
+RESULT_VARIABLE = "R1MEGA_RESULT"
+"""Names the file in which rank 0 of started ranks leaves its result."""
+
 SHOWN_BYTES = 16 << 10
 """Of a failing rank's stderr, the end that is shown."""
 

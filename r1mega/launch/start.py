@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from r1mega.config.errors import STOPPED
+from r1mega.config.rl import RlConfig
 from r1mega.config.run import ComputeConfig, LaunchConfig
 from r1mega.launch.local import LaunchError, start_ranks
 
@@ -22,8 +23,16 @@ FINAL = (2, STOPPED, 130, 143)
 def starts(config: Any) -> bool:
     """Does somebody have to start ranks for ``config``, or can this process be the only one?"""
     return isinstance(config, ComputeConfig) and (
-        config.launch.kind != "local" or config.launch.processes > 1 or config.launch.restarts > 0 or config.launch.dry_run
+        _is_on_ray(config)
+        or config.launch.kind != "local"
+        or config.launch.processes > 1
+        or config.launch.restarts > 0
+        or config.launch.dry_run
     )
+
+
+def _is_on_ray(config: ComputeConfig) -> bool:
+    return isinstance(config, RlConfig) and config.runtime.kind == "ray"
 
 
 def start(command: str, arguments: Sequence[str], config: ComputeConfig, env: Mapping[str, str]) -> bool:
@@ -33,6 +42,10 @@ def start(command: str, arguments: Sequence[str], config: ComputeConfig, env: Ma
     :func:`r1mega.launch.local.start_ranks` raises for signals.
     """
     rank = ["-m", "r1mega", command, *(text for text in arguments if not text.startswith("launch.dry_run="))]
+    if _is_on_ray(config):
+        from r1mega.launch.ray import driver
+
+        return driver.start(rank, config, env, FINAL)
     if config.launch.kind == "torchrun":
         from r1mega.launch import torchrun
 

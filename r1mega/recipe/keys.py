@@ -17,7 +17,7 @@ from typing import Any
 from r1mega.provenance import files_below, input_paths, parts_of
 from r1mega.recipe.graph import Stage
 
-NOT_IN_KEY = ("name", "debug", "profile", "nvtx", "log", "launch", "device.threads", "parallel.recompute")
+NOT_IN_KEY = ("name", "debug", "profile", "nvtx", "log", "launch", "runtime", "device.threads", "parallel.recompute")
 """Fields that change where or how fast a stage runs, not what comes out."""
 
 HASHED_BYTES = 64 << 20

@@ -72,5 +72,15 @@ class ByTensor:
 def _takes_handles(server: Server) -> bool:
     host = urlsplit(server.url).hostname or ""
     return devices.is_shared_by_handle(str(server.info.get("device") or "cpu")) and (
-        host in LOOPBACK or host == socket.gethostname()
+        host in LOOPBACK or host == socket.gethostname() or _is_here(host)
     )
+
+
+def _is_here(host: str) -> bool:
+    """An address that one can be bound to is this machine's."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+            return True
+    except OSError:
+        return False

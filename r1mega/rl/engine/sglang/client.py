@@ -42,9 +42,9 @@ class Server:
     """
 
     def __init__(self, url: str, api_key: str = ""):
+        self._headers = (("Authorization", f"Bearer {api_key}"),) if api_key else ()
         try:
-            headers = (("Authorization", f"Bearer {api_key}"),) if api_key else ()
-            self.address = http.Address.of(url, headers)
+            self.address = http.Address.of(url, self._headers)
         except ValueError:
             raise UserError(
                 f"engine.url: http://HOST:PORT of a server; got {url!r}; write engine.url=http://127.0.0.1:30000"
@@ -68,6 +68,12 @@ class Server:
         if not isinstance(info, dict):
             raise EngineError(self.url, "/server_info", 200, f"no JSON object: {shown(info)}", "give the URL of an SGLang server")
         self.info, self.features = info, Features.of(info, f"engine.url {self.url}")
+
+    def move(self, url: str) -> None:
+        """Another process at another address takes this one's place; requests under way fail. From any thread."""
+        old, address = self.pool, http.Address.of(url, self._headers)
+        self.url, self.address, self.pool = url.rstrip("/"), address, http.Pool(address)
+        old.abandon()
 
     @property
     def version(self) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from r1mega.compat import sglang_server
 from r1mega.config.errors import UserError
-from r1mega.rl.engine.sglang import answers, probe
+from r1mega.rl.engine.sglang import answers, probe, roster
 from r1mega.rl.engine.sglang.client import EngineError, Server
 from r1mega.rl.engine.sglang.launch import Fleet
 from r1mega.rl.types import Completion
@@ -60,7 +60,7 @@ class ServedEngine:
     def __init__(self, choice: SglangEngine, runtime: EngineRuntime):
         self.choice, self.runtime = choice, runtime
         _raise_open_files(choice.concurrency)
-        self.fleet = None if choice.url else Fleet(choice, runtime)
+        self.fleet = roster.given(choice, runtime) or (None if choice.url else Fleet(choice, runtime))
         try:
             found = [one.server for one in self.fleet.owned] if self.fleet else [*map(self._open, choice.urls())]
             self.router = Server(choice.router, choice.api_key()) if choice.router else None

@@ -10,6 +10,7 @@ once, when it is whole.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import ssl
 import time
@@ -89,6 +90,7 @@ class Pool:
         self._idle: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Connection]] = weakref.WeakKeyDictionary()
         self._gates: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
         self._tls = ssl.create_default_context() if address.tls else None
+        self._open_ones: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.WeakSet] = weakref.WeakKeyDictionary()
 
     async def ask(self, method: str, path: str, body: bytes | None, timeout_seconds: float, *, fresh: bool = False) -> Answer:
         """One request. ``fresh``: on a new connection, for what must not be sent twice; others are sent again where a kept
@@ -123,7 +125,19 @@ class Pool:
         gate = self._gates.setdefault(loop, asyncio.Semaphore(SENDING_AT_ONCE))
         async with gate, asyncio.timeout(CONNECT_SECONDS):
             _, connection = await loop.create_connection(_Connection, self.address.host, self.address.port, ssl=self._tls)
+            self._open_ones.setdefault(loop, weakref.WeakSet()).add(connection)
             return connection
+
+    def abandon(self) -> None:
+        """From any thread: requests under way fail now. A machine that is gone closes no connection."""
+
+        def fail(connections: weakref.WeakSet) -> None:
+            for connection in list(connections):
+                connection._fail(ConnectionResetError("the server is gone"))
+
+        for loop, connections in list(self._open_ones.items()):
+            with contextlib.suppress(RuntimeError):  # closed
+                loop.call_soon_threadsafe(fail, connections)
 
     def close(self) -> None:
         """Close the idle connections of loops that still run."""

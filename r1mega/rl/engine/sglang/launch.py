@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from r1mega.rl.engine.sglang import SglangEngine
 
 BESIDE = ".venv-sglang/bin/python"
+LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.5
 TELL_SECONDS = 10.0
 ERROR = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*|.*\berror: .*)$")
@@ -76,9 +77,9 @@ def first_error(log: Path) -> str:
 class Owned:
     """One server of ours. ``server`` keeps its address over restarts; ``process``: its keeper."""
 
-    def __init__(self, index: int, command: list[str], environment: dict[str, str], log: Path, port: int, api_key: str):
+    def __init__(self, index: int, command: list[str], environment: dict[str, str], log: Path, place: str, api_key: str):
         self.index, self.command, self.environment, self.log = index, command, environment, log
-        self.server = Server(f"http://127.0.0.1:{port}", api_key)
+        self.server = Server(f"http://{place}", api_key)
         self.process: subprocess.Popen | None = None
         self.began = 0.0
         self.mark = 0
@@ -128,10 +129,11 @@ class Owned:
 
 class Fleet:
     """The servers of one engine. ``on_death`` and ``on_ready`` are called with an index, from a thread, when one dies and when it
-    answers again; ``failure``: why one will not be started again."""
+    answers again; ``failure``: why one will not be started again. ``host``: this machine's address where others ask them too;
+    ``first``: number of the first."""
 
-    def __init__(self, choice: SglangEngine, runtime: EngineRuntime):
-        self.choice = choice
+    def __init__(self, choice: SglangEngine, runtime: EngineRuntime, host: str = LOOPBACK, first: int = 0):
+        self.choice, self.host, self.first = choice, host, first
         self.on_death: Callable[[int], None] = lambda index: None
         self.on_ready: Callable[[int], None] = lambda index: None
         self.failure: UserError | None = None
@@ -164,14 +166,18 @@ class Fleet:
         environment = sglang_server.environment(runtime.device, found) | {name: str(v) for name, v in choice.environment.items()}
         if choice.api_key_variable:
             values["api_key"] = choice.api_key()
+        if self.host != LOOPBACK and "host" not in choice.args:
+            values["host"] = self.host
         for index in range(choice.servers):
-            own = {"model_path": str(model), "load_format": "dummy", "port": _free_port()}
+            port = _free_port(self.host)
+            own = {"model_path": str(model), "load_format": "dummy", "port": port}
             if sglang_server.is_accelerated(runtime.device) and "base_gpu_id" not in choice.args:
                 each = int(choice.args.get("tp_size", 1)) * int(choice.args.get("pp_size", 1))
                 own["base_gpu_id"] = choice.first_gpu + index * each
             flags = sglang_server.flags(values | own)
             command = [python, "-m", "sglang.launch_server", *flags]
-            yield Owned(index, command, environment, self.folder / f"server{index}.log", own["port"], choice.api_key())
+            number, place = self.first + index, f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+            yield Owned(number, command, environment, self.folder / f"server{number}.log", place, choice.api_key())
 
     def _await_ready(self, waiting: list[Owned]) -> None:
         """Until all of them answer. Raises UserError when one dies or is too slow."""
@@ -233,7 +239,7 @@ class Fleet:
             one.end()
 
 
-def _free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as place:
+        place.bind((host, 0))
         return place.getsockname()[1]
