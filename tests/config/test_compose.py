@@ -277,6 +277,8 @@ def test_every_yaml_file_composes() -> None:
             assert composition("recipe", [f"recipe={name}"]).config.name == name
         elif group == "reward":
             compose("rl", [*RL, f"reward={name}"])
+        elif group == "runtime":
+            compose("rl", [*RL, f"runtime={name}"])
         elif group == "rl":
             compose("rl", [*RL, f"rl={name}", "rl.rollouts=500"])
         elif group == "parallel":  # their rules want ranks: tests/config/test_parallel_rules.py

@@ -233,8 +233,8 @@ def test_the_routers_own_experts_given_back_change_no_bit(place: Path, digits, t
 def test_responses_without_their_experts_are_made_again_and_counted(opened, monkeypatch) -> None:
     run, true, spoilt = opened("r3"), InProcessEngine.generate, []
 
-    def forgetful(self, prompts, sampling, seed):
-        done = true(self, prompts, sampling, seed)
+    def forgetful(self, *asked):
+        done = true(self, *asked)
         if len(spoilt) < 2:
             spoilt.append(0)
             done[0] = replace(done[0], routed_experts=done[0].routed_experts[:-1])
@@ -310,9 +310,9 @@ def test_turns_keep_the_experts_that_their_tokens_were_drawn_with(opened, monkey
     """The second turn's record tells of the first one's tokens again, and otherwise; what was not read before comes from it."""
     true, told = InProcessEngine.generate, {}
 
-    def two_tokens(self, prompts, sampling, seed):
+    def two_tokens(self, prompts, *asked):
         done = []
-        for prompt, one in zip(prompts, true(self, prompts, sampling, seed), strict=True):
+        for prompt, one in zip(prompts, true(self, prompts, *asked), strict=True):
             experts = one.routed_experts[: len(prompt) + 1]
             if any(len(prompt) > len(earlier) and prompt[: len(earlier)] == list(earlier) for earlier in told):
                 experts = (experts + 1).remainder(8)
@@ -323,7 +323,7 @@ def test_turns_keep_the_experts_that_their_tokens_were_drawn_with(opened, monkey
         return done
 
     monkeypatch.setattr(InProcessEngine, "generate", two_tokens)
-    run = opened("r3", environment=Twice())
+    run = opened("r3", environment=Twice(), sampling=SamplingConfig(temperature=1.0, max_new_tokens=24))
     run.push()
     taken = run.take()
     samples = taken.samples

@@ -77,7 +77,7 @@ def test_ids_of_one_row_are_not_those_that_were_scored(begin, edit: str) -> None
 
 def _at(run: Run, temperature: float) -> None:
     true = run.engine.generate
-    run.engine.generate = lambda prompts, sampling, seed: true(prompts, replace(sampling, temperature=temperature), seed)
+    run.engine.generate = lambda prompts, sampling, *rest: true(prompts, replace(sampling, temperature=temperature), *rest)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.49, 0.8])
@@ -206,14 +206,14 @@ def test_rows_of_the_version_before_say_that_they_are_new(begin) -> None:
     def spoil(run: Run) -> None:
         true = run.engine.generate
 
-        def generate(prompts, sampling, seed):
-            new = true(prompts, sampling, seed)
+        def generate(*asked):
+            new = true(*asked)
             held = {name: place.clone() for name, place in places(run).items()}
             for values in (old, held):
                 for name, place in places(run).items():
                     place.copy_(values[name])
                 if values is old:
-                    stale = true(prompts, sampling, seed)
+                    stale = true(*asked)
             return [one if idx % 2 else other for idx, (one, other) in enumerate(zip(stale, new, strict=True))]
 
         run.engine.generate = generate

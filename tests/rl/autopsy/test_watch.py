@@ -176,7 +176,7 @@ def test_by_the_ledger_where_no_evidence_is_left(begin, autopsy_place: Path, cap
     run = begin(diff_budget=DiffBudgetConfig(action="off"), temperature=0.7)
     save_config(run.config, run.folder, overrides=(), choices={"engine": "local", "push": "auto", "advantage": "grpo"})
     true = run.engine.generate
-    run.engine.generate = lambda prompts, sampling, seed: true(prompts, replace(sampling, temperature=1.0), seed)
+    run.engine.generate = lambda prompts, sampling, *rest: true(prompts, replace(sampling, temperature=1.0), *rest)
     run.push()
     turn(run)
     turn(run)

