@@ -14,6 +14,7 @@ import torch
 
 from r1mega.config.errors import UserError
 from r1mega.config.rules import check
+from r1mega.config.run import SamplingConfig
 from r1mega.mesh import close_mesh
 from r1mega.rl.batch import RolloutRow, microbatches
 from r1mega.rl.engine import LocalEngine

@@ -141,6 +141,7 @@ def on_rank(place: Path, out: Path) -> list[int]:
         return [run._watch.gap.tokens, run.mesh.rank]
 
 
+@pytest.mark.slow
 def test_one_of_two_ranks_is_off(autopsy_place: Path, tmp_path: Path) -> None:
     close_mesh()
     (tokens, _), (same, _) = run_ranks(on_rank, 2, autopsy_place, tmp_path / "run")

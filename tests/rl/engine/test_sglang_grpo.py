@@ -133,6 +133,7 @@ class Encore:
         )
 
 
+@pytest.mark.slow
 def test_turns_of_an_environment(place: Path, home: Home, tmp_path: Path) -> None:
     settings = config(place, home, tmp_path / "turns", "tensor", rollouts=2)
     settings.environment, settings.rl.sampling = Encore(), SamplingConfig(temperature=1.0, max_new_tokens=96)
