@@ -239,6 +239,13 @@ def _loop(config: RlConfig) -> Iterator[Violation]:
         rule = f"divides the {responses} responses of a rollout (prompts_per_rollout x group_size) over {ranks} data ranks"
         fixes = (("rl.updates_per_rollout", near(divisors(responses // ranks), r.updates_per_rollout)),)
         yield Violation("rl.updates_per_rollout", rule, r.updates_per_rollout, fixes)
+    servers = registry.name_of("engine", config.engine) == "sglang" and not config.engine.url
+    if servers and config.launch.hosts > 1 and config.runtime.kind == "local":
+        rule = "servers that every host reaches, with launch.hosts above 1: ours listen on one host alone"
+        yield Violation("engine.url", rule, "null", hint="give engine.url=URL of servers, or use runtime=ray")
+    if servers and config.engine.memory_saver and (r.lag or r.oversample > 1):
+        rule = "false with rollouts that run ahead: servers cannot sleep while they generate"
+        yield Violation("engine.memory_saver", rule, "true", (("engine.memory_saver", (False,)), ("rl.lag", (0,))))
     if r.sampling.temperature == 0:
         rule = "above 0, the likeliest token has no probability to learn from"
         yield Violation("rl.sampling.temperature", rule, 0, (("rl.sampling.temperature", (1.0,)),))

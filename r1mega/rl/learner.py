@@ -15,6 +15,7 @@ from r1mega.rl.batch import Record, RolloutBatch, RolloutRow, microbatches
 from r1mega.rl.logprobs import token_logprobs
 from r1mega.rl.loss.stats import MAXIMA
 from r1mega.rl.routing import Scoring, Updating
+from r1mega.rl.types import Completion
 from r1mega.train.health import Health
 from r1mega.train.policy import Policy
 from r1mega.train.schedule import learning_rate
@@ -76,6 +77,19 @@ class Learner:
         """Log-probabilities of the rows' own tokens at the sampling temperature, fp32 ``[B, S]``."""
         return token_logprobs(output, batch.targets_BS, self.temperature, support_BSK=batch.support_BSK)[0]
 
+    def score_prompts(self, prompts: Sequence[list[int]]) -> list[list[float]]:
+        """The log-probabilities of each prompt's tokens but the first, at temperature 1; for a push's probe."""
+        rows = [RolloutRow(prompt[:1], Completion(prompt[1:], [0.0] * (len(prompt) - 1), "length")) for prompt in prompts]
+        batches = self.batches(rows)
+
+        def read(output: torch.Tensor | Hidden, batch: RolloutBatch) -> torch.Tensor:
+            return token_logprobs(output, batch.targets_BS, 1.0)[0]
+
+        for batch, values_BS in zip(batches, self.policy.score(batches, read), strict=True):
+            for row, values in zip(batch.rows, batch.split(values_BS), strict=True):
+                row.old = values
+        return [row.old.tolist() for row in rows]
+
     def batches(self, rows: Sequence[RolloutRow], record: Record | None = None) -> list[RolloutBatch]:
         """Microbatches of rows on the device, with their ``record`` of experts."""
         size, device = self.sizes.micro_batch_size, self.mesh.device.torch_device
@@ -100,6 +114,11 @@ class Learner:
 
     def _replayed(self, row: RolloutRow) -> torch.Tensor | None:
         return row.completion.routed_experts if self.replays == "r3" else row.replay
+
+    def skip(self) -> list[StepResult]:
+        """A rollout is not trained on: its updates count, as those that are not applied do, so that steps stay multiples."""
+        self.update_count += self.sizes.updates_per_rollout
+        return []
 
     def update(self, rows: Sequence[RolloutRow]) -> StepResult:
         """One optimizer step on one minibatch."""

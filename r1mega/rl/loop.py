@@ -40,7 +40,7 @@ def turn(run: Run) -> None:
             run.learner.score(rows)
             is_sound = run.watch(rows)
         with run.timed("train"):
-            results = run.learner.train(rows, run.done) if is_sound else []
+            results = run.learner.train(rows, run.done) if is_sound else run.learner.skip()
     run.saver.poll()
     if went_back(run, taken, results):
         return

@@ -14,7 +14,7 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -119,15 +119,6 @@ class Rollouts:
         taken.refused, self._refused = self._refused, 0
         return taken
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside nothing is sampled. After a failure it stays so: a half push never serves."""
-        self.call(self.engine.pause())
-        self.busy.pause(True)
-        yield
-        self.busy.pause(False)
-        self.call(self.engine.resume())
-
     def abandon(self) -> None:
         """Forget what is in the making: the run goes back, and asks these questions again."""
         self.call(self._abandon())
@@ -159,7 +150,8 @@ class Rollouts:
         plan, taken, began = self.plan, Taken(), time.perf_counter()
         while len(taken.groups) < plan.share:
             wanted = plan.share - len(taken.groups)
-            self._fill(math.ceil(wanted * plan.oversample) + plan.share * plan.lag)
+            left = plan.patience * plan.share - len(taken.groups) - len(taken.dropped)
+            self._fill(min(math.ceil(wanted * plan.oversample), left) + plan.share * plan.lag)
             item = await self._first()
             group = await self._pool.pop(item)
             (taken.groups if plan.keeps(group) else taken.dropped).append(group)

@@ -9,25 +9,24 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from r1mega.config.errors import UserError
 from r1mega.config.rl import RlConfig
 from r1mega.data.problems import load_problems
 from r1mega.data.prompts import PromptStream
 from r1mega.rl.autopsy.watch import Watch
 from r1mega.rl.batch import RolloutRow
+from r1mega.rl.delivery import Delivery, together
 from r1mega.rl.environment import Single
 from r1mega.rl.environment.play import Player
 from r1mega.rl.learner import Learner
 from r1mega.rl.ledger import FOLDER, Frame, History, Ledger, next_start
 from r1mega.rl.metrics import Pace, mean_load, rollout_line, source_line
 from r1mega.rl.place import Place
-from r1mega.rl.push import PushReport, PushRuntime
 from r1mega.rl.reward.mix import FAILURES, by_reward, keep_failures, names_of, weights_of, write_failures
 from r1mega.rl.reward.runner import RewardRunner
 from r1mega.rl.rollouts import Judge, Plan, Rollouts, Taken, sample_text
@@ -46,7 +45,6 @@ from r1mega.train.ranges import named_layers
 from r1mega.train.saving import run_saver
 from r1mega.train.trainee import StepResult
 
-PUSH_ATTEMPTS = 3
 AGREE_SECONDS = 2.0
 """Between two looks of several ranks at each other while they wait for rollouts."""
 
@@ -86,9 +84,8 @@ class Run:
         self.learner = Learner(config, self.policy, config.policy_loss.build(), self.tokenizer.pad_id)
         problems = load_problems(config.data.problems, limit=config.data.limit)
         context = self.policy.model_config.max_position_embeddings
-        encode_prompts(
-            self.tokenizer, problems, self.sizes.sampling.max_new_tokens, context
-        )  # refuses before anything is generated
+        # refuses before anything is generated
+        encode_prompts(self.tokenizer, problems, self.sizes.sampling.max_new_tokens, context)
         self._place = Place.of(mesh, self.sizes.prompts_per_rollout)
         self.stream = PromptStream(problems, config.seed, self._place.number, self._place.count)
         self.state = TrainState(extra={"rollouts": 0, "seconds": 0.0})
@@ -101,7 +98,6 @@ class Run:
         self.ledger, known = self._open_ledger()
         stack.callback(self.ledger.close)
         self.engine = open_engine(config.engine, self.policy, self.tokenizer, self.folder, self._place.generates)
-        self._is_local = mesh.broadcast_object(hasattr(self.engine, "load_weights"))
         self.rollouts: Rollouts | None = None
         if self.engine is not None:
             stack.callback(self.engine.close)
@@ -110,10 +106,9 @@ class Run:
             player = Player(environment, self.engine, self.tokenizer, sampling, context, seconds, environment_name)
             self.rollouts = Rollouts(self._plan(), player, judge, self.stream, self.ledger, known)
             stack.callback(self.rollouts.close)
-        self.pusher = self._open_push()
+        self.delivery = Delivery(config.push, self.learner, self.engine, self.rollouts, self.hf_config, self.folder, stack)
         self.pace = Pace(mesh, self.rollouts)
         self._watch = Watch(config, self.learner, self.tokenizer, self._place.writes)
-        self.report: PushReport | None = None
         self._environment_failed = False
         self.metrics = Metrics(self.folder, "rollout", self.sizes.rollouts, self.done, active=mesh.is_first, config=config)
         stack.callback(self.metrics.close)
@@ -130,7 +125,8 @@ class Run:
         sizes, wanted = self.sizes, self.sizes.dynamic_sampling
 
         def keeps(group: list[Sample]) -> bool:
-            values = [sample.reward if wanted.by == "reward" else sample.records[wanted.by].value for sample in group]
+            # a source may have rewards of its own, without that one
+            values = [sample.records[wanted.by].value if wanted.by in sample.records else sample.reward for sample in group]
             return bool(
                 learnable_groups(torch.tensor([values], dtype=torch.float64), torch.tensor([list(map(self._counts, group))]))
             )
@@ -144,7 +140,7 @@ class Run:
             oversample=sizes.oversample,
             patience=wanted.oversampling,
             routing=RoutingShape.of(self.policy.model_config) if self.learner.hears_engine else None,
-            replays=sizes.routing_replay == "r3",
+            replays=sizes.routing_replay == "r3" or getattr(self.config.engine, "sampling_mask", False),
             **({"keeps": keeps} if wanted.by else {}),
         )
 
@@ -165,18 +161,22 @@ class Run:
         extra["ledger_start"] = start
         return ledger, known
 
-    def _open_push(self) -> Any:
-        """The push of a rank that sends: the first, or each that has an engine in its process."""
-        if self.engine is None or not (self.mesh.is_first or self._is_local):
-            return None
-        runtime = PushRuntime(
-            self.engine,
-            self.policy.published_config(bos_id=self.tokenizer.bos_id, eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id),
-            servers=lambda: self.engine.servers,
-            device=str(self.mesh.device.torch_device),
-            folder=self.folder / "pushes",
-        )
-        return self.config.push.build(runtime)
+    @property
+    def hf_config(self) -> dict[str, Any]:
+        """The policy's ``config.json``."""
+        ids = self.tokenizer
+        return self.policy.published_config(bos_id=ids.bos_id, eos_id=ids.eos_id, pad_id=ids.pad_id)
+
+    @contextmanager
+    def engine_asleep(self) -> Iterator[None]:
+        """The engine's device memory is the trainer's meanwhile, where the engine can sleep and nothing runs ahead."""
+        with self.delivery.asleep(in_step=self.sizes.lag == 0 and self.sizes.oversample == 1.0):
+            yield
+
+    def push(self) -> None:
+        """Hand the weights to the engine and have it prove that it holds them; nothing is sampled meanwhile."""
+        with self.timed("push"):
+            self.delivery.push(self.learner.update_count)
 
     def _take_state(self, state: TrainState) -> None:
         self.state, self.learner.update_count = state, state.step
@@ -193,20 +193,16 @@ class Run:
 
     def take(self) -> Taken:
         """The next rollout's groups of this data rank; all its ranks get them. Servers that have come back get a push meanwhile."""
-        taken, failure = Taken(), ""
         seconds = AGREE_SECONDS if self.mesh.world_size > 1 else None
         states = {"waiting"}
         while states != {"done"}:
             states = set(self.mesh.gather_everywhere(self.rollouts.look(seconds) if self.rollouts else "done"))
             if "stale" in states:
                 self.metrics.event("pushed again", self.done + 1, "a server has started anew")
+                before = self.seconds.get("push", 0.0)
                 self.push()
-        if self.rollouts is not None:
-            try:
-                taken = self.rollouts.take()
-            except UserError as error:
-                failure = str(error)
-        self.mesh.agree(failure)
+                self.seconds["rollout"] = self.seconds.get("rollout", 0.0) - (self.seconds["push"] - before)
+        taken = together(self.mesh, lambda: self.rollouts.take() if self.rollouts else Taken())
         for axis in ("context", "tensor", "pipeline"):
             if self.mesh.axes[axis].size > 1:
                 parts = self.mesh.gather_objects(taken, axis)
@@ -251,7 +247,7 @@ class Run:
 
     def watch(self, rows: list[RolloutRow]) -> bool:
         """Are engine and trainer near enough to train on the rollout? See :class:`r1mega.rl.autopsy.watch.Watch`."""
-        return self._watch.look(rows, self.done + 1, self.engine, self.pusher, self._tell)
+        return self._watch.look(rows, self.done + 1, self.engine, self.delivery.pusher, self._tell)
 
     def _tell_of_failures(self, samples: list[Sample]) -> None:
         """The first failure of the environment in this start is told with its name; the others are counted."""
@@ -266,52 +262,6 @@ class Run:
         everyone = [value for part in self.mesh.gather_objects(rewards) for value in part]
         random.Random(f"{self.config.seed}:{self.done}:control").shuffle(everyone)
         return everyone[self.mesh.data_rank * len(rewards) :][: len(rewards)]
-
-    @contextmanager
-    def engine_asleep(self) -> Iterator[None]:
-        """The engine's device memory is the trainer's meanwhile, where the engine can sleep and nothing runs ahead."""
-        in_step = self.sizes.lag == 0 and self.sizes.oversample == 1.0
-        is_sleeping = in_step and self.mesh.is_first and self.engine.sleeps
-        if is_sleeping:
-            self.rollouts.call(self.engine.sleep())
-        self.mesh.barrier()
-        yield
-        if is_sleeping:
-            self.mesh.device.release_unused()
-            self.rollouts.call(self.engine.wake_weights())
-
-    def push(self) -> None:
-        """Hand the weights to the engine and have it prove that it holds them; nothing is sampled meanwhile.
-
-        A server that dies while it is pushed to is waited for, and everything is pushed again.
-        """
-        version = self.learner.update_count
-        with self.timed("push"), self.rollouts.paused() if self.rollouts else nullcontext():
-            self.mesh.barrier()
-            for attempt in range(PUSH_ATTEMPTS):
-                failure, is_lost = self._send(version)
-                if not self.mesh.broadcast_object(is_lost and attempt + 1 < PUSH_ATTEMPTS):
-                    break
-                if self.mesh.is_first:
-                    self.rollouts.call(self.engine.wait_for_all())
-            self.mesh.agree(failure)
-            if self.engine is not None:
-                self.engine.version = version
-            if self.mesh.is_first:
-                self.rollouts.call(self.engine.wake())
-
-    def _send(self, version: int) -> tuple[str, bool]:
-        """One attempt to push: what failed, and whether a server was lost with it."""
-        failure, is_lost = "", False
-        tensors = self.policy.published_tensors(everywhere=self._is_local)
-        try:
-            if self.pusher is not None:
-                self.report = self.pusher.send(tensors, version)
-        except UserError as error:
-            failure, is_lost = str(error), _is_of_a_death(error)
-        for _ in tensors:  # the ranks that gather for others, and those that have lost interest
-            pass
-        return failure, is_lost
 
     def count(self, taken: Taken, rows: list[RolloutRow], seconds: float, is_sound: bool = True) -> None:
         """The rollout is trained on: counted, and written into the ledger as used; as dropped where it is not ``is_sound``."""
@@ -359,7 +309,7 @@ class Run:
         whole = sum(self.seconds.values())
         line |= {f"seconds_{name}": value for name, value in self.seconds.items()}
         line["idle_share"] = self.seconds.get("rollout", 0.0) / max(whole, 1e-9)
-        line |= (self.report.line() if self.report else {}) | self._watch.line()
+        line |= (self.delivery.report.line() if self.delivery.report else {}) | self._watch.line()
         place = {"update": self.learner.update_count, "rollout": self.done, "lr": self.learner.rate, "tokens": self.state.tokens}
         self.metrics.log({**place, **self.policy.peak_gib(), **line, "expert_load": mean_load(results), **self.saver.metrics()})
 
@@ -423,12 +373,3 @@ class Run:
         yield
         self.mesh.device.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-
-
-def _is_of_a_death(error: BaseException | None) -> bool:
-    """True where a server that did not answer is behind an error."""
-    while error is not None:
-        if getattr(error, "is_lost", False):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -59,7 +59,7 @@ def open_engine(choice: Any, policy: Policy, tokenizer: Tokenizer, folder: Path,
     Servers are started, or found, by the first rank; the others are told where they are. Called by all ranks.
     """
     mesh = policy.mesh
-    if mesh.data_size > 1 and hasattr(choice, "shared"):
+    if mesh.world_size > 1 and hasattr(choice, "shared"):
         choice = replace(choice, shared=True)
     runtime = EngineRuntime(
         hf_config=policy.published_config(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id),
@@ -97,6 +97,7 @@ def serving(choice: Any, policy: Policy, tokenizer: Tokenizer, folder: Path) -> 
         policy.mesh.agree(failure)
         engine.version = 0
         yield engine
+        policy.mesh.barrier()  # servers serve all ranks to the last one's end
     finally:
         engine.close()
 

@@ -231,7 +231,11 @@ class Trainee:
             seen = self.executor.run(
                 list(microbatches), forward, lambda output, batch: (nothing, look(output, batch)), forward_only=True
             )
-        return next(part for part in self.mesh.gather_objects(seen, "pipeline") if part) if microbatches else []
+        if not microbatches:
+            return []
+        # through the host: another rank's device is not this one's
+        everyone = self.mesh.gather_objects(_moved(seen, torch.device("cpu")), "pipeline")
+        return _moved(next(part for part in everyone if part), self.mesh.device.torch_device)
 
     def _run(self, microbatches, forward, loss, *, forward_only: bool) -> tuple[float, int, dict[str, float]]:
         items, rows = self._global_batch(microbatches)
@@ -312,6 +316,13 @@ class Trainee:
         aux = float(mesh.sum_everywhere(aux)) / (num_microbatches * mesh.data_size)
         total, count = mesh.sum(megatron_mtp.take(device), "data", "context", "pipeline").tolist()
         return aux, total / max(count, 1.0)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors, alone or in lists and tuples, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return type(value)(_moved(item, device) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _wide(value: float | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -164,3 +164,14 @@ def test_what_an_environment_says_has_no_gradient(loop) -> None:
     other.learner.score(spoilt)
     other.learner.update(spoilt)
     assert same(weights(other), after) and not same(after, start)
+
+
+def test_prompts_are_scored_for_a_probe(loop) -> None:
+    """The same numbers as the local engine's model gives, whatever the order of lengths."""
+    run = loop()
+    prompts = [[5, 9, 11, 40], [7, 8], [60, 61, 62, 63, 64, 65]]
+    for prompt, scores in zip(prompts, run.learner.score_prompts(prompts), strict=True):
+        with torch.no_grad():
+            logits = run.engine.model(torch.tensor([prompt]), use_cache=False).logits[0, :-1].float()
+        want = torch.log_softmax(logits, -1).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(scores), want, atol=1e-5, rtol=0)

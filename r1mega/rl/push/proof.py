@@ -7,6 +7,7 @@ that a server lacks, is a fault like a wrong one: nothing stays unproven without
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,7 @@ class Expected:
             for start, number in held.zeros:
                 self._taken[key].zeros(start * size, number * size)
         self._done: dict[tuple[int, str], str] = {}
+        self._lock = threading.Lock()  # servers are compared side by side
 
     def take(self, part: Part, pairs: list[Pair]) -> None:
         """A published tensor as it travels; see :meth:`r1mega.rl.push.wire.Format.pack`."""
@@ -76,10 +78,11 @@ class Expected:
     @property
     def hashes(self) -> dict[tuple[int, str], str]:
         """(rank, parameter) to its hash, once all tensors have come."""
-        if not self._done:
-            self._done = {key: taken.hex() for key, taken in self._taken.items()}
-            self._taken.clear()
-        return self._done
+        with self._lock:
+            if not self._done:
+                self._done = {key: taken.hex() for key, taken in self._taken.items()}
+                self._taken.clear()
+            return self._done
 
     def faults(self, server: str, reported: dict[int, dict[str, str]]) -> list[Fault]:
         """What differs. ``reported``: rank to parameter to hash."""

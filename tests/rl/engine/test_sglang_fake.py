@@ -389,3 +389,33 @@ async def test_posts_say_what_failed():
 )  # fmt: skip
 def test_features_by_version(version: str, has: set[str]):
     assert {name for name, value in Features.of({"version": version}, "here").table().items() if value} == has | {"checksum"}
+
+
+@run
+async def test_a_server_that_starts_anew_during_a_push_stays_stale():
+    fakes = [FakeServer(), FakeServer()]
+    async with serving(*fakes):
+        served = await engine(*fakes)
+        served.begin_push([served.servers[0].url, served.servers[1].url])
+        served._died(1)
+        served._revived(1)
+        served.version = 5
+        assert [server.url for server in served.stale] == [fakes[1].url] and served.version == 5
+        served.begin_push([fakes[1].url])
+        served.version = 6
+        assert [server.url for server in served.stale] == [fakes[0].url], "this push did not go there"
+        served.begin_push()
+        served.version = 7
+        assert served.stale == [] and served.version == 7
+        served.close()
+
+
+@run
+async def test_a_lost_server_is_waited_for_before_its_death_is_noticed():
+    fake = FakeServer()
+    async with serving(fake):
+        served = await engine(fake, start_seconds=1.0)
+        await served.wait_for_all()
+    with pytest.raises(UserError, match="engine.start_seconds: a server that was lost answers again within 1 s"):
+        await served.wait_for_all()
+    served.close()

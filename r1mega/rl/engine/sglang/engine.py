@@ -16,6 +16,7 @@ import itertools
 import resource
 import uuid
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from r1mega.config.errors import UserError
 from r1mega.rl.engine.sglang import answers, probe, roster
 from r1mega.rl.engine.sglang.client import EngineError, Server
 from r1mega.rl.engine.sglang.launch import Fleet
+from r1mega.rl.push.contract import INCOMPLETE
 from r1mega.rl.types import Completion
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ class ServedEngine:
         self._places: OrderedDict[int, Seat] = OrderedDict()
         self._paused = False
         self._probed = False
+        self._pushed: dict[str, int] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
@@ -94,16 +97,24 @@ class ServedEngine:
     def version(self) -> int:
         """Of the weights that are served; -1 before the first whole push and after one that failed.
 
-        Setting it says that a push of that version to every server in :attr:`servers` is whole; -1 that none may serve.
+        Setting it says that a push of that version is whole: to the servers of :meth:`begin_push`, or, where none was begun, to
+        those that answer; -1 that none may serve.
         """
         return max((seat.version for seat in self.seats if seat.alive), default=-1)
 
     @version.setter
     def version(self, version: int) -> None:
         for seat in self.seats:
-            if seat.alive or version < 0:
+            server = seat.server
+            is_whole = seat.alive and (self._pushed is None or self._pushed.get(server.url) == server.generation)
+            if is_whole or version < 0:
                 seat.version, seat.label = version, ""
         self._tell_waiting()
+
+    def begin_push(self, urls: Collection[str] | None = None) -> None:
+        """The next push goes to these servers (None: all that answer) as they are now; one that starts anew stays stale."""
+        found = [seat.server for seat in self.seats if seat.alive]
+        self._pushed = {server.url: server.generation for server in found if urls is None or server.url in urls}
 
     @property
     def sleeps(self) -> bool:
@@ -128,11 +139,31 @@ class ServedEngine:
         return found
 
     async def wait_for_all(self) -> None:
-        """Return when every server answers again. Raises UserError where one of ours does not come back."""
-        while not all(seat.alive for seat in self.seats):
+        """Return when every server answers again, asked now: a death may not have been noticed yet.
+
+        Raises UserError where one does not come back within ``start_seconds``.
+        """
+        self._enter_loop()
+        until = asyncio.get_running_loop().time() + self.choice.start_seconds
+        while not (all(await asyncio.gather(*map(self._answers, self.seats))) and all(seat.alive for seat in self.seats)):
             if self.fleet and self.fleet.failure:
                 raise self.fleet.failure
+            if asyncio.get_running_loop().time() > until:
+                gone = ", ".join(seat.server.url for seat in self.seats if not seat.alive)
+                raise UserError(
+                    f"engine.start_seconds: a server that was lost answers again within {self.choice.start_seconds:g} s; "
+                    f"got nothing of {gone}; see its log, or raise it"
+                )
             await asyncio.sleep(LOOK_SECONDS)
+
+    async def _answers(self, seat: Seat) -> bool:
+        try:
+            await seat.server.aget("/model_info", 5)
+        except EngineError:
+            if seat.alive and not self.fleet:
+                await self._look_at(seat)
+            return False
+        return True
 
     async def complete(self, request: Request) -> Completion:
         """One response. Many run side by side; deaths of servers and pauses are not seen.
@@ -201,6 +232,11 @@ class ServedEngine:
         )
         self.counts["pieces"] += 1
         if not self.router:
+            if piece.label.startswith(INCOMPLETE) or (piece.label.isdigit() and piece.label != str(version)):
+                # it started anew, or somebody else has pushed to it, and nobody here has noticed
+                self._died(self.seats.index(seat))
+                self._revived(self.seats.index(seat))
+                raise EngineError(seat.server.url, "/generate", 0, f"an answer from weights {piece.label} for version {version}")
             seat.label = piece.label
         made.add(piece, version)
         return piece.reason

@@ -204,28 +204,35 @@ class Fleet:
             self._closing.wait(POLL_SECONDS if waiting else 0)
 
     def _keep(self) -> None:
-        """Start again what dies, as often as the choice allows."""
+        """Start again what dies, as often as the choice allows; several at once where several have died."""
+        starting: list[Owned] = []
         while not self._closing.wait(POLL_SECONDS / 2):
             for one in self.owned:
                 if one.is_running() or self._closing.is_set() or self.failure:
                     continue
                 self.on_death(one.index)
                 said = one.complaint()
-                try:
-                    if self.restarts >= self.choice.restarts:
-                        raise UserError(
-                            f"engine.restarts: at most {self.choice.restarts} in a run; got one more death of server {one.index}: "
-                            f"{said}; see {one.log}"
-                        )
-                    self.restarts += 1
-                    print(f"engine=sglang: server {one.index} has died ({said}); starting it again", file=sys.stderr, flush=True)
-                    one.start()
-                    self._await_ready([one])
-                except UserError as error:
-                    self.failure = error
+                if self.restarts >= self.choice.restarts:
+                    self.failure = UserError(
+                        f"engine.restarts: at most {self.choice.restarts} in a run; got one more death of server {one.index}: "
+                        f"{said}; see {one.log}"
+                    )
                     continue
-                if not self._closing.is_set():
+                self.restarts += 1
+                print(f"engine=sglang: server {one.index} has died ({said}); starting it again", file=sys.stderr, flush=True)
+                one.start()
+                starting = [*(other for other in starting if other is not one), one]
+            for one in list(starting):
+                if self._closing.is_set() or not one.is_running():
+                    continue
+                if one.is_ready():
+                    starting.remove(one)
                     self.on_ready(one.index)
+                elif time.monotonic() - one.began > self.choice.start_seconds and not self.failure:
+                    self.failure = UserError(
+                        f"engine.start_seconds: server {one.index} answers within {self.choice.start_seconds:g} s; got nothing, "
+                        f"its log says: {one.complaint()}; raise it, or see {one.log}"
+                    )
 
     def close(self) -> None:
         """End all of them; nothing of theirs is left when this returns."""
