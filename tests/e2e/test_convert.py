@@ -39,6 +39,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_goes_on_by_the_same_command(tmp_path: Path) -> None:
     tensors = publish(tmp_path / "hf", V3, files=3)
     words = [f"source={tmp_path / 'hf'}", f"target={tmp_path / 'native'}", "shard_bytes=60000", "convert.workers=1"]

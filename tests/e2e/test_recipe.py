@@ -55,7 +55,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(configs: Path, out: Path, *overrides: str) -> str:
-    command = [sys.executable, "-m", "r1mega", "recipe", "recipe=mini", f"out={out}", "launch.processes=2", *overrides]
+    command = [sys.executable, "-m", "r1mega", "recipe", "recipe=mini", f"out={out}", "launch.processes=1", *overrides]
     command += ["--config-dir", str(configs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)

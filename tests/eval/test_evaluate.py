@@ -152,6 +152,7 @@ def ending(monkeypatch) -> None:
     monkeypatch.setattr(InProcessEngine, "generate", short)
 
 
+@pytest.mark.slow
 def test_episodes_with_turns_and_another_verifier(place: Path, tmp_path: Path, ending, capsys) -> None:
     verifier = f"{__name__}.Even"
     config = ask(

@@ -84,6 +84,7 @@ pathlib.Path(os.environ["{RESULT_VARIABLE}"]).write_bytes(b"made by " + os.envir
     assert "said by 0\n" in out and "told by 0\n" in err and "by 1" not in out + err, "rank 0's passes through"
 
 
+@pytest.mark.slow
 def test_ranks_start_again_together_and_the_telling_line(address: str, tmp_path: Path, capfd) -> None:
     """The first time the actor of rank 1 is killed with kill -9, the second time its process fails: once too often."""
     body = """
@@ -204,6 +205,7 @@ made.close()
 """
 
 
+@pytest.mark.slow
 def test_servers_that_die_start_again_and_all_ranks_learn_it(address: str, tmp_path: Path, python: str) -> None:
     """First the server's process is killed, then its actor: it comes back, elsewhere. The third death is one too many."""
     knobs = ["engine=sglang", "engine.servers=2", f"engine.python={python}", "engine.restarts=2", "engine.start_seconds=60"]

@@ -41,6 +41,7 @@ def test_ranks_get_their_places(tmp_path: Path) -> None:
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["22", "22"]
 
 
+@pytest.mark.slow
 def test_a_failed_rank_and_its_status(tmp_path: Path) -> None:
     with pytest.raises(LaunchError) as caught:
         run(tmp_path, "time.sleep(0 if os.environ['RANK'] == '1' else 30); sys.exit(7)", "launch.processes=2")
@@ -54,6 +55,7 @@ def test_failed_ranks_start_again(tmp_path: Path) -> None:
     run(tmp_path, body, "launch.restarts=1")
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_the_command(tmp_path: Path) -> None:
     """kill -9 of the command: its launcher and the ranks go with it. SIGTERM reaches the ranks."""
     body = (
@@ -95,6 +97,7 @@ def test_a_rendezvous_port_in_use() -> None:
     assert told.startswith(f"launch.rendezvous: a free port of this host; got {port}, which is in use; use another, as ")
 
 
+@pytest.mark.slow
 def test_a_rendezvous_that_nobody_knows_or_answers() -> None:
     assert fault("launch.hosts=2", "launch.rendezvous=no-such-host.invalid:29500").startswith(
         "launch.rendezvous no-such-host.invalid:29500: a host that this one can find; got 'no-such-host.invalid': "

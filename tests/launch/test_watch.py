@@ -25,6 +25,7 @@ def line(error: str) -> str:
     return error
 
 
+@pytest.mark.slow
 def test_a_rank_that_stalls_is_named_everywhere(tmp_path: Path) -> None:
     group = Group(tmp_path, TWICE + "if rank == 1: time.sleep(60)\ndist.all_reduce(torch.ones(1))", 3, stall=3)
     for rank in range(3):
@@ -56,6 +57,7 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_stopped_process_has_no_sign_of_life(tmp_path: Path) -> None:
     """As a host that hangs: nothing is closed, nobody answers."""
     group = Group(tmp_path, TWICE + "if rank == 1: time.sleep(60)\ndist.all_gather([torch.ones(1)] * 2, torch.ones(1))", 2, stall=3)
@@ -113,6 +115,7 @@ def test_ranks_that_wait_for_each_other(tmp_path: Path) -> None:
         ].told
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_by_itself(tmp_path: Path) -> None:
     body = TWICE + "if rank == 1: raise UserError('data: the cause; got x; y')\ndist.all_reduce(torch.ones(1))"
     ended = Group(tmp_path, body, 2, stall=600).end(seconds=15)

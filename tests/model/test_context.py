@@ -86,6 +86,7 @@ def test_models_on_two_ranks_are_those_of_one(two) -> None:
     assert_models(two, 8)
 
 
+@pytest.mark.slow
 def test_three_ranks() -> None:
     assert_basics(run_ranks(cases.three_ranks, 3))
 

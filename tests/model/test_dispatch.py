@@ -126,6 +126,7 @@ def on_four_ranks() -> dict[str, str]:
     return said
 
 
+@pytest.mark.slow
 def test_every_dispatcher_keeps_the_contract_on_two_and_four_ranks_and_wrong_ones_are_rejected_on_all() -> None:
     assert {*SPREAD, "local", "deepep"} == {name for name in registry.choices("dispatcher") if name != "ring"}
     told = run_ranks(on_four_ranks, 4, timeout_seconds=240)

@@ -332,6 +332,7 @@ def _rank() -> int:
     return int(os.environ["RANK"])
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_numbers_of_one_and_megatrons_whatever_is_cut() -> None:
     for done in run_ranks(on_two_ranks, 2, timeout_seconds=200):
         assert len(done) == 2 + 1 + 2 + 1 + 2 + 2, done

@@ -73,6 +73,7 @@ def start(folder: Path) -> None:
         close_mesh()
 
 
+@pytest.mark.slow
 def test_fresh_experts_and_stages_are_no_copies_of_each_other(tmp_path: Path) -> None:
     run_ranks(start, 2, tmp_path)
     for name in FRESH:

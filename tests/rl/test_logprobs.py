@@ -108,7 +108,7 @@ def test_the_knob_gives_the_loop_an_fp32_head(place, digits, tmp_path):  # noqa:
         return token_logprobs(output, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("r1mega.rl.loop.token_logprobs", spied)
+        patch.setattr("r1mega.rl.learner.token_logprobs", spied)
         rl(settings)
     close_mesh()
     (line,) = lines(tmp_path / "run")

@@ -10,8 +10,9 @@ from r1mega.config.errors import UserError
 from r1mega.config.rl import RewardConfig
 from r1mega.data.problems import Problem
 from r1mega.data.tokenizer import ANSWER, BOS, END_ANSWER, END_THINK, USER, Tokenizer, encode_prompt, train_tokenizer
-from r1mega.rl.setup import encode_prompts, open_rewards, response_text
-from r1mega.rl.types import Completion
+from r1mega.rl.rollouts import sample_text
+from r1mega.rl.setup import encode_prompts, open_rewards
+from r1mega.rl.types import Completion, Sample
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,10 @@ def completion(tokenizer: Tokenizer, text: str, *, end: bool = True) -> Completi
     return Completion(ids, [-1.0] * len(ids), "stop" if end else "length")
 
 
+def judged(tokenizer: Tokenizer, made: Completion) -> str:
+    return sample_text(tokenizer, Sample(0, 0, None, [], made))
+
+
 def test_prompts_are_those_of_the_tokenizer_and_one_too_long_is_named(tokenizer: Tokenizer) -> None:
     problems = [Problem("short", "one?", "1", "here"), Problem("long", "one and two " * 20, "3", "here")]
     wanted = [encode_prompt(tokenizer, problem.question) for problem in problems]
@@ -34,17 +39,17 @@ def test_prompts_are_those_of_the_tokenizer_and_one_too_long_is_named(tokenizer:
 
 def test_a_reward_sees_every_special_token_but_the_end(tokenizer: Tokenizer) -> None:
     good = f"one{END_THINK}{ANSWER}3{END_ANSWER}"
-    assert response_text(tokenizer, completion(tokenizer, good)) == good
-    assert response_text(tokenizer, completion(tokenizer, good, end=False)) == good
+    assert judged(tokenizer, completion(tokenizer, good)) == good
+    assert judged(tokenizer, completion(tokenizer, good, end=False)) == good
     for stray in (BOS, USER):
-        assert stray in response_text(tokenizer, completion(tokenizer, f"one{stray}{END_THINK}{ANSWER}3{END_ANSWER}"))
-    assert response_text(tokenizer, Completion([], [], "length")) == ""
+        assert stray in judged(tokenizer, completion(tokenizer, f"one{stray}{END_THINK}{ANSWER}3{END_ANSWER}"))
+    assert judged(tokenizer, Completion([], [], "length")) == ""
 
 
 def test_a_stray_special_token_is_not_the_asked_for_form(tokenizer: Tokenizer) -> None:
     problem = Problem("a", "one?", "3", "here")
     texts = [f"one{END_THINK}{ANSWER}3{END_ANSWER}{stray}" for stray in ("", USER)]
-    seen = [response_text(tokenizer, completion(tokenizer, text)) for text in texts]
+    seen = [judged(tokenizer, completion(tokenizer, text)) for text in texts]
     with open_rewards(RewardConfig(), {"format": 1.0}) as rewards:
         records = rewards.score([problem] * 2, seen)
     assert [record["format"].value for record in records] == [1.0, 0.0]

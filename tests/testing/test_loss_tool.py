@@ -31,6 +31,7 @@ def test_another_key_is_refused(capsys) -> None:
     assert "loss: key=value of device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_missing_token_file_is_one_line(tmp_path: Path, capfd) -> None:
     given = [f"tokens={tmp_path / 'none'}", f"out={tmp_path}", "steps=2", "length=32", "precisions=fp32,bf16"]
     assert tool.main(given) == 2

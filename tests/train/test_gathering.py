@@ -49,6 +49,7 @@ def seed(tmp_path_factory) -> Path:
     return folder / "seed"
 
 
+@pytest.mark.slow
 def test_every_layout_gives_the_whole_model(seed: Path) -> None:
     mesh = open_mesh(open_device(CPU), ParallelConfig(), LaunchConfig(), 1)
     alone = Trainee(MODEL, None, mesh, "fp32")

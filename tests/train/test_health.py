@@ -180,6 +180,7 @@ def ranks_disagree(data: str, out: str) -> tuple[int, list[dict], list[float]]:
     return result["steps"], told, [float(weights[name].double().sum()) for name in sorted(weights)]
 
 
+@pytest.mark.slow
 def test_all_ranks_notice_together(train_data: Path, tmp_path: Path) -> None:
     first, second = run_ranks(ranks_disagree, 2, str(train_data), str(tmp_path / "run"))
     assert first[0] == second[0] == 3 and first[2] == second[2]

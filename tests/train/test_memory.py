@@ -69,6 +69,7 @@ def test_other_errors_pass(tmp_path: Path) -> None:
     assert not (tmp_path / "memory").exists()
 
 
+@pytest.mark.slow
 def test_a_real_limit(train_data: Path, tmp_path: Path) -> None:
     """A process with too little address space for its batch."""
     program = (

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from r1mega.ops.hash_words import TILE, hash_words_
+from r1mega.ops.hash_words import HASH_WORDS, TILE, hash_words_
 from r1mega.testing.bench import Bench
 
 
@@ -16,7 +16,9 @@ def _bench(count: int, first: int) -> Bench:
         return torch.zeros(2, -(-(first + count) // TILE), dtype=torch.int32, device=device), words, first
 
     # read: the words; the sums are 1/1024 of them
-    return Bench("hash_words_", f"{count} words from {first}", make, hash_words_, num_bytes=4 * count)
+    return Bench(
+        "hash_words_", f"{count} words from {first}", make, hash_words_, num_bytes=4 * count, peers={"torch": HASH_WORDS.reference}
+    )
 
 
 def benches() -> Iterator[Bench]:

@@ -93,13 +93,13 @@ def test_the_reward_rises(place: Path, home: Home, tmp_path: Path, push: str) ->
     assert home.engine.servers[0].get("/model_info")["weight_version"] == "24", "four updates a rollout, the last one pushed"
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_servers_experts_are_replayed(place: Path, home: Home, tmp_path: Path, lag: int) -> None:
     """Every response has its experts, over interruptions by a push too; under the same weights the trainer's routers choose alike."""
     settings = config(place, home, tmp_path / "r3", "tensor", rollouts=2, lag=lag, routing_replay="r3")
     settings.engine = replace(settings.engine, routed_experts=True)
     rl(settings)
-    told = lines(tmp_path / "r3")
+    told = [line for line in lines(tmp_path / "r3") if "event" not in line]
     assert len(told) == 2 and all(line["routing_refused"] == 0 and line["grad_norm"] > 0 for line in told)
     for line in told:
         assert len(line["routing_agreement"]) == 3
@@ -109,9 +109,10 @@ def test_the_servers_experts_are_replayed(place: Path, home: Home, tmp_path: Pat
             assert min(line["routing_agreement"]) < 0.99, "two updates of this size move the routers"
 
 
+@pytest.mark.slow
 def test_running_ahead_of_the_trainer(place: Path, home: Home, tmp_path: Path) -> None:
     rl(config(place, home, tmp_path / "ahead", "tensor", rollouts=4, lag=1))
-    told = lines(tmp_path / "ahead")
+    told = [line for line in lines(tmp_path / "ahead") if "event" not in line]
     assert all(line["staleness_max"] <= 4 for line in told) and max(line["staleness_max"] for line in told) > 0
     history = History(tmp_path / "ahead/ledger")
     assert history.audit() == [] and sorted(history.uses()) == [1, 2, 3, 4]

@@ -23,7 +23,7 @@ from tests.rl.push.stand_in import decode
 
 
 def test_all_ways_are_registered():
-    assert set(choices("push")) == {"memory", "tensor", "distributed", "disk"}
+    assert set(choices("push")) == {"auto", "memory", "tensor", "distributed", "disk"}
 
 
 @pytest.mark.parametrize("capacity", [1, 30_000, 300_000, 1 << 30])

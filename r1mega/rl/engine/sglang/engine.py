@@ -25,6 +25,7 @@ from r1mega.config.errors import UserError
 from r1mega.rl.engine.sglang import answers, probe, roster
 from r1mega.rl.engine.sglang.client import EngineError, Server
 from r1mega.rl.engine.sglang.launch import Fleet
+from r1mega.rl.engine.sglang.made import Made
 from r1mega.rl.push.contract import INCOMPLETE
 from r1mega.rl.types import Completion
 
@@ -174,7 +175,7 @@ class ServedEngine:
         self._enter_loop()
         self.counts["requests"] += 1
         limit = request.sampling.max_new_tokens
-        made = _Made(list(request.prompt))
+        made = Made(list(request.prompt))
         failures = 0
         async with self._gate:
             while True:
@@ -198,7 +199,7 @@ class ServedEngine:
                 if len(made.token_ids) == limit:  # aborted in the moment of its last token
                     return made.completion("length")
 
-    async def _piece(self, seat: Seat, request: Request, made: _Made, limit: int) -> str:
+    async def _piece(self, seat: Seat, request: Request, made: Made, limit: int) -> str:
         """Ask ``seat`` for the rest of a response, and add what comes. Returns how it ended."""
         name, choice, version = next(self._names), self.choice, seat.version
         sent = made.prompt + made.token_ids
@@ -413,42 +414,6 @@ class ServedEngine:
             self._gate, self._probing, self._change = asyncio.Semaphore(self.choice.concurrency), asyncio.Lock(), asyncio.Event()
             self._loop = loop
             self._revivals: set[asyncio.Future] = set()
-
-
-@dataclass
-class _Made:
-    """A response as far as it is there."""
-
-    prompt: list[int]
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    spans: list[tuple[int, int, int]] = field(default_factory=list)
-    experts: list[Any] = field(default_factory=list)
-    mask: list[list[int]] | None = None
-
-    def add(self, piece: answers.Piece, version: int) -> None:
-        """Append a piece that was drawn under ``version``."""
-        if not piece.token_ids:
-            return
-        start, end = len(self.token_ids), len(self.token_ids) + len(piece.token_ids)
-        if self.spans and self.spans[-1][0] == version:
-            start = self.spans.pop()[1]
-        self.spans.append((version, start, end))
-        self.token_ids += piece.token_ids
-        self.logprobs += piece.logprobs
-        if piece.routed_experts is not None:
-            self.experts.append(piece.routed_experts)
-        if piece.sampling_mask is not None:
-            self.mask = (self.mask or []) + piece.sampling_mask
-
-    def completion(self, reason: str) -> Completion:
-        """The whole. Pieces' routed experts follow one another: each was asked for from the last token of the one before on."""
-        experts = None
-        if self.experts:
-            import torch
-
-            experts = torch.cat(self.experts)
-        return Completion(self.token_ids, self.logprobs, reason, tuple(self.spans), experts, self.mask)
 
 
 def sampling_params(sampling: Any, limit: int, eos_id: int) -> dict[str, Any]:
