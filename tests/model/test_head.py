@@ -127,6 +127,7 @@ def of_a_rank() -> tuple[float, ...]:
     return tuple(errors)
 
 
+@pytest.mark.slow
 def test_two_tensor_ranks_give_what_one_gives() -> None:
     for errors in run_ranks(of_a_rank, 2):
         assert len(errors) == 9 and max(errors) < 1e-5, errors

@@ -354,6 +354,7 @@ def test_running_ahead(place: Path, digits, tmp_path: Path, sizes) -> None:
     assert lines(tmp_path / "run")[-1]["staleness_max"] <= bound
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_questions_and_agree_on_the_weights(place: Path) -> None:
     close_mesh()
     (first, ours, mine), (second, theirs, others) = run_ranks(two_ranks, 2, place, place / "two")
