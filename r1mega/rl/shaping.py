@@ -42,14 +42,3 @@ def learnable_groups(values_PG: torch.Tensor, mask_PG: torch.Tensor | None = Non
     low = values.masked_fill(~mask, float("inf")).amin(dim=1)
     high = values.masked_fill(~mask, float("-inf")).amax(dim=1)
     return low < high
-
-
-def prompts_to_draw(num_kept: int, num_drawn: int, num_wanted: int, oversampling: int) -> int:
-    """How many prompts to draw next, over all ranks; 0: go on with what is kept.
-
-    A rollout wants ``num_wanted`` learnable groups. It draws ``num_wanted`` prompts at a time, until ``num_kept`` is enough or
-    ``num_drawn`` has reached ``oversampling`` x ``num_wanted``.
-    """
-    if num_kept >= num_wanted:
-        return 0
-    return max(0, min(num_wanted, oversampling * num_wanted - num_drawn))

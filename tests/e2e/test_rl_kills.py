@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow  # fifty starts of the command
 
 SIZES = (
     "rl.rollouts=8 rl.prompts_per_rollout=4 rl.group_size=4 rl.updates_per_rollout=2 rl.micro_batch_size=4 rl.save_every=1 "
-    "rl.sampling.max_new_tokens=12 optim.lr=1e-3 optim.warmup_steps=1 launch.processes=2 rl.lag=1 rl.dynamic_sampling.by=reward"
+    "rl.sampling.max_new_tokens=12 optim.lr=1e-3 optim.warmup_steps=1 launch.processes=2 rl.lag=1 rl.dynamic_sampling.by=reward rl.dynamic_sampling.oversampling=2"
 )
 KILLS = {"local": 40, "sglang": 10}
 

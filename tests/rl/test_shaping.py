@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from r1mega.config.errors import UserError
-from r1mega.rl.shaping import learnable_groups, overlong_penalties, prompts_to_draw
+from r1mega.rl.shaping import learnable_groups, overlong_penalties
 
 
 def test_the_punishment_is_dapos():
@@ -28,13 +28,3 @@ def test_groups_without_a_difference_teach_nothing():
     assert learnable_groups(values, torch.zeros(4, 3)).tolist() == [False] * 4
     with pytest.raises(UserError, match="P, G"):
         learnable_groups(torch.zeros(3))
-
-
-def test_drawing_ends_with_enough_or_at_the_limit():
-    assert prompts_to_draw(0, 0, 32, 3) == 32
-    assert prompts_to_draw(31, 32, 32, 3) == 32 and prompts_to_draw(32, 64, 32, 3) == 0
-    assert prompts_to_draw(10, 96, 32, 3) == 0 and prompts_to_draw(10, 80, 32, 3) == 16
-    drawn = 0
-    while more := prompts_to_draw(0, drawn, 8, 4):
-        drawn += more
-    assert drawn == 32

@@ -36,17 +36,16 @@ class Routing:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a response, sampled under one version of the weights unless ``spans`` says more.
+    """A part of a response, sampled under one version of the weights: no request spans an update.
 
-    ``reason``: "stop", "length" or "abort" (by us: the rest is asked for again). ``spans``: (label, start, end) as the server says
-    them, () where it does not. ``routed_experts``: int16 [positions, layers, top_k] from the position that was asked for on.
+    ``reason``: "stop", "length" or "abort" (by us: the rest is asked for again). ``label``: weight_version, as the server says it.
+    ``routed_experts``: int16 [positions, layers, top_k] from the position that was asked for on.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     reason: str
     label: str = ""
-    spans: tuple[tuple[str, int, int], ...] = ()
     routed_experts: torch.Tensor | None = None
     sampling_mask: list[list[int]] | None = None
 
@@ -117,19 +116,7 @@ def read(
     mask = about.get("output_token_sampling_mask") if masked else None
     if masked and token_ids and (mask is None or len(mask) != len(token_ids)):
         raise refuse("each token has a sampling mask", "none, or another number of them")
-    spans = tuple((str(span["version"]), span["start"], span["end"]) for span in about.get("weight_versions") or ())
-    if spans and not _cover(spans, len(token_ids)):
-        spans = ()  # spans of something else than the response's tokens: our own record stands
-    return Piece(token_ids, logprobs, reason, str(about.get("weight_version") or ""), spans, experts, mask)
-
-
-def _cover(spans: tuple[tuple[str, int, int], ...], size: int) -> bool:
-    place = 0
-    for _, start, end in spans:
-        if start != place or end <= start:
-            return False
-        place = end
-    return place == size
+    return Piece(token_ids, logprobs, reason, str(about.get("weight_version") or ""), experts, mask)
 
 
 def _experts(text: Any, rows: int, routing: Routing, refuse) -> torch.Tensor:
