@@ -28,6 +28,9 @@ WEIGHTS = "weights"
 KEY_VALUES = "kv_cache"
 
 COMMON = {"grammar_backend": "none", "skip_server_warmup": True, "skip_tokenizer_init": True, "host": "127.0.0.1"}
+PADDED = {"intermediate_size": "model.ffn_size", "moe_intermediate_size": "model.moe_ffn_size"}
+"""Widths that a server on a CPU pads, as config.json and as the config calls them."""
+PADDING = 32
 CPU_SIZES = {"mem_fraction_static": 0.3, "max_total_tokens": 65536, "max_running_requests": 32}
 PLAIN_GPU = {"attention_backend": "triton", "sampling_backend": "pytorch", "moe_runner_backend": "triton"}
 
@@ -67,6 +70,21 @@ def installed(python: str, timeout_seconds: float = 60) -> dict[str, Any]:
 def is_accelerated(device: str) -> bool:
     """Whether a torch device is not the CPU."""
     return not device.startswith("cpu")
+
+
+def check_widths(device: str, hf_config: dict[str, Any], tp_size: int, where: str) -> None:
+    """A server on a CPU pads each expert's and FFN's width to a multiple of 32 a rank and leaves in the padding what lay there.
+
+    Raises UserError that names a width of ``hf_config`` which would be padded.
+    """
+    multiple = PADDING * tp_size
+    for key, name in PADDED.items():
+        width = hf_config.get(key) or 0
+        if not is_accelerated(device) and width % multiple:
+            nearest = -(-width // multiple) * multiple
+            raise UserError(
+                f"{name}: a multiple of {multiple} for {where}, whose CPU kernels pad to it; got {width}; use {nearest}, or engine=local"
+            )
 
 
 def arguments(device: str, found: dict[str, Any]) -> dict[str, Any]:

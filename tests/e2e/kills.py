@@ -33,11 +33,12 @@ class Killer:
         for _ in range(100):
             run = start(arguments)
             try:
-                if self.moments > 0 and self._kill(run, out):
-                    self.moments -= 1
+                is_hit = self.moments > 0 and self._kill(run, out)
+                self.moments -= is_hit
                 told = run.communicate(timeout=LONGEST_SECONDS)[1]
                 if run.returncode == 0:
                     return
+                assert is_hit, f"it ended by itself: {told[-3000:]}"
                 assert run.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL, 2), told[-3000:]
                 crashed = [part for part in told.split("Traceback")[1:] if not any(word in part for word in PEER_GONE)]
                 assert not crashed, told[-3000:]

@@ -24,6 +24,7 @@ SIZES = (
     "rl.rollouts=8 rl.prompts_per_rollout=4 rl.group_size=4 rl.updates_per_rollout=2 rl.micro_batch_size=4 rl.save_every=1 "
     "rl.sampling.max_new_tokens=12 optim.lr=1e-3 optim.warmup_steps=1 launch.processes=2 rl.lag=1 rl.dynamic_sampling.by=reward rl.dynamic_sampling.oversampling=2"
 )
+WIDTHS = ("model.moe_ffn_size=32", "model.ffn_size=64")  # that a server on a CPU takes
 KILLS = {"local": 40, "sglang": 10}
 
 
@@ -35,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     data = [f"tokenizer={folder}/tok", f"data.train={{{folder}/text: 1}}", f"data.sequence_length={LENGTH}"]
     sizes = "trainer.steps=1 trainer.global_batch_size=8 trainer.micro_batch_size=4 optim.warmup_steps=1"
-    run = start(["pretrain", f"out={folder}/seed", "model=tiny", *SMALL.split(), *data, *sizes.split()])
+    run = start(["pretrain", f"out={folder}/seed", "model=tiny", *SMALL.split(), *WIDTHS, *data, *sizes.split()])
     told = run.communicate(timeout=300)[1]
     assert run.returncode == 0, told[-3000:]
     return folder

@@ -186,13 +186,10 @@ def test_a_moe_layer_and_a_step_of_a_tiny_model(quick, tmp_path, capsys) -> None
 
 
 def test_routed_experts_alone_have_even_rows_and_no_router(quick, tmp_path, capsys) -> None:
-    whole = api.bench("bench=moe", "tokens=64", *TINY, f"out={tmp_path}/whole")
-    capsys.readouterr()
     routed = api.bench("bench=moe", "tokens=64", "routed_only=true", *TINY, f"out={tmp_path}/routed")
     line = json.loads(capsys.readouterr().out)
     assert line["routed_only"] is True and line["forward_backward_ms"] > 0 and "peer" not in line
     assert list(routed["figures"]) == ["moe: tiny, 16 experts, 64 tokens from permute to unpermute, fp32"]
-    assert routed["held_gib"] <= whole["held_gib"]
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1024, 32, 8), (64, 16, 4), (40, 16, 16), (5, 8, 1)])

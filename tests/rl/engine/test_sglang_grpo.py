@@ -23,7 +23,7 @@ from r1mega.rl.ledger import History
 from r1mega.rl.loop import rl
 from r1mega.rl.loss import GrpoLoss
 from r1mega.train.pretrain import pretrain
-from tests.rl.engine.conftest import Home
+from tests.rl.home import Home
 from tests.train.cases import CPU, OPTIM, lines, pretrain_config, write_data
 
 

@@ -162,6 +162,17 @@ def test_unknown_arguments_and_ours_are_refused_before_a_start(python: str, tmp_
     assert not (tmp_path / "engine/server0.log").exists()
 
 
+def test_widths_that_a_cpu_server_pads_are_refused_before_a_start(python: str, tmp_path: Path) -> None:
+    for name, width in (("ffn_size", 48), ("moe_ffn_size", 80)):
+        keys = {"ffn_size": "intermediate_size", "moe_ffn_size": "moe_intermediate_size"}
+        runtime = EngineRuntime({keys["ffn_size"]: 64, keys["moe_ffn_size"]: 64} | {keys[name]: width}, folder=str(tmp_path))
+        with pytest.raises(UserError, match=rf"model.{name}: a multiple of 32 .* got {width}; use {width + 16}, or engine=local"):
+            launch.Fleet(SglangEngine(python=python), runtime)
+    sglang_server.check_widths("cuda:0", {"moe_intermediate_size": 80}, 2, "a GPU pads nothing")
+    with pytest.raises(UserError, match="a multiple of 64 .* got 96; use 128"):
+        sglang_server.check_widths("cpu", {"moe_intermediate_size": 96}, 2, "two ranks")
+
+
 def test_where_the_interpreter_is(tmp_path: Path, monkeypatch) -> None:
     assert launch.interpreter("/x/python") == "/x/python"
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)

@@ -25,7 +25,7 @@ from r1mega.rl.routing import RoutingShape, Scoring
 from r1mega.rl.types import Completion
 from r1mega.testing.contracts import checkpoint_tensors
 from r1mega.train.policy import Policy
-from tests.rl.engine.conftest import EOS, Home
+from tests.rl.home import EOS, Home
 from tests.train.cases import one_rank
 
 PROMPTS = [[5, 9, 11], [7], [5, 9, 11], [8, 8, 2, 40, 41, 42, 43, 44, 45], [300, 60], [5, 9, 11]]

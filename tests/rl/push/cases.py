@@ -1,33 +1,15 @@
-"""A small DeepSeek-V3 and two sets of its published weights."""
+"""The quickstart's model and two sets of its published weights."""
 
 from __future__ import annotations
 
 import torch
 
-from r1mega.config.model import ModelConfig, YarnConfig
+from r1mega.config.compose import preset
+from r1mega.config.model import ModelConfig
 from r1mega.model.names import parts
 from r1mega.model.published import published_config
 
-MODEL = ModelConfig(
-    vocab_size=500,
-    max_position_embeddings=512,
-    hidden_size=128,
-    num_layers=3,
-    num_heads=4,
-    q_lora_rank=64,
-    kv_lora_rank=64,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    yarn=YarnConfig(factor=4.0, original_max_position_embeddings=128),
-    ffn_size=256,
-    moe_ffn_size=64,
-    num_experts=8,
-    top_k=4,
-    num_groups=4,
-    topk_groups=2,
-    num_mtp_layers=1,
-)
+MODEL = preset("model", "tiny")
 CONFIG = published_config(MODEL, bos_id=0, eos_id=1, pad_id=2, dtype="float32")
 
 

@@ -1,9 +1,7 @@
-"""One real SGLang server a session, on a CPU with a small model, and two sets of weights for it."""
+"""Pushes to the session's SGLang server, and to one of two ranks."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from r1mega.config.errors import UserError
 from r1mega.rl.engine.contract import EngineRuntime
 from r1mega.rl.engine.sglang import SglangEngine
 from r1mega.rl.push import PushRuntime
+from tests.rl.home import Home
 from tests.rl.push.cases import CONFIG, SETS
 
 
@@ -40,29 +38,22 @@ class Served:
         return SETS[self.number % 2], self.number
 
 
-@contextlib.contextmanager
-def serving(folder: Path, **knobs: Any) -> Iterator[Served]:
-    """A server of our own; skips where there is no environment for it."""
-    try:
-        engine = SglangEngine(**knobs).build(EngineRuntime(CONFIG, folder=str(folder)))
-    except UserError as error:
-        if "make sglang" in str(error) and not os.environ.get("R1MEGA_CI"):
-            pytest.skip("no .venv-sglang: make sglang")
-        raise
-    try:
-        yield Served(engine, PushRuntime(engine, CONFIG, lambda: engine.servers, folder=folder / "versions"))
-    finally:
-        engine.close()
+def over(engine: Any, folder: Path) -> Served:
+    """Pushes to the servers of ``engine``."""
+    return Served(engine, PushRuntime(engine, CONFIG, lambda: engine.servers, folder=folder / "versions"))
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("push")) as made:
-        yield made
+def served(home: Home, tmp_path_factory) -> Served:
+    return over(home.engine, tmp_path_factory.mktemp("push"))
 
 
 @pytest.fixture
-def cut_in_two(tmp_path) -> Iterator[Served]:
+def cut_in_two(sglang_python: str, tmp_path) -> Iterator[Served]:
     """A server of two tensor parallel ranks."""
-    with serving(tmp_path, args={"tp_size": 2}, environment={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}) as made:
-        yield made
+    cut = {"args": {"tp_size": 2}, "environment": {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}}
+    engine = SglangEngine(python=sglang_python, **cut).build(EngineRuntime(CONFIG, folder=str(tmp_path)))
+    try:
+        yield over(engine, tmp_path)
+    finally:
+        engine.close()

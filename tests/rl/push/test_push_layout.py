@@ -111,7 +111,7 @@ def test_a_stale_draft_is_found_by_name():
     server.stale_draft = True
     with pytest.raises(UserError) as caught:
         push.send(weights(1), 2)
-    assert "got wrong model.layers.3.enorm.weight, model.layers.3.hnorm.weight, model.layers.3.eh_proj.weight" in str(caught.value)
+    assert "got wrong model.layers.4.enorm.weight, model.layers.4.hnorm.weight, model.layers.4.eh_proj.weight" in str(caught.value)
     assert "draft.model.enorm.weight at" in str(caught.value) and engine.version == -1
 
 

@@ -69,6 +69,9 @@ class ServedEngine:
             self.router = Server(choice.router, choice.api_key()) if choice.router else None
             for server in found:
                 server.features.require(choice.wanted(), f"engine=sglang {server.url}")
+                sglang_server.check_widths(
+                    server.info.get("device") or "cuda", runtime.hf_config, server.tp_size, f"engine=sglang {server.url}"
+                )
         except BaseException:
             if self.fleet:
                 self.fleet.close()

@@ -158,6 +158,9 @@ class Fleet:
         if not found["sglang"]:
             raise UserError(f"engine.python: an interpreter that has sglang; got {python} without; make sglang makes one for a CPU")
         check_arguments(choice.args, found)
+        sglang_server.check_widths(
+            runtime.device, runtime.hf_config, int(choice.args.get("tp_size", 1)), "a server of engine=sglang"
+        )
         model = self.folder / "model"
         model.mkdir(parents=True, exist_ok=True)
         (model / "config.json").write_text(json.dumps(runtime.hf_config, indent=1), encoding="utf-8")

@@ -1,18 +1,12 @@
-"""One real SGLang server for a session, of the ``tiny`` model in fp32: what the tests beside it and those of pushes share."""
+"""What the tests of a real SGLang server share: its model, ``tiny`` in fp32, in two sets of weights."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-from r1mega.config.errors import UserError
-from r1mega.rl.engine import EngineRuntime, SglangEngine
-from r1mega.rl.engine.sglang import launch
+from r1mega.rl.engine import EngineRuntime
 from r1mega.rl.engine.sglang.engine import ServedEngine
 
 EOS = 1
@@ -34,9 +28,8 @@ class Home:
         """Let the server load ``models[index]`` from disk, as ``version``."""
         server = self.engine.seats[0].server
         server.drain()
-        server.post(
-            "/update_weights_from_disk", {"model_path": str(self.folders[index]), "load_format": "auto"}
-        )  # not the start's: dummy
+        body = {"model_path": str(self.folders[index]), "weight_version": str(version)}
+        server.post("/update_weights_from_disk", body | {"load_format": "auto"})  # not the start's: dummy
         self.engine.version = version
 
 
@@ -66,29 +59,3 @@ def write_model(hf_config: dict, seed: int, folder: Path):
     (folder / "config.json").write_text(json.dumps(hf_config))
     save_file({name: tensor.contiguous() for name, tensor in checkpoint_tensors(model)}, folder / "model.safetensors")
     return model
-
-
-@pytest.fixture(scope="session")
-def sglang_python() -> str:
-    """The interpreter of ``make sglang``. CI must have it; elsewhere its tests are skipped without it."""
-    try:
-        return launch.interpreter(None)
-    except UserError as error:
-        if "R1MEGA_CI" in os.environ:
-            raise
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def home(sglang_python: str, tmp_path_factory) -> Iterator[Home]:
-    folder = tmp_path_factory.mktemp("sglang")
-    config = tiny_config()
-    runtime = EngineRuntime(config, eos_id=EOS, folder=str(folder))
-    engine = SglangEngine(python=sglang_python, start_seconds=400, routed_experts=True).build(runtime)
-    try:
-        models = [write_model(config, seed, folder / f"model{seed}") for seed in range(2)]
-        made = Home(engine, runtime, config, models, [folder / "model0", folder / "model1"], folder)
-        made.load(0, version=0)
-        yield made
-    finally:
-        engine.close()
