@@ -72,15 +72,17 @@ def is_accelerated(device: str) -> bool:
     return not device.startswith("cpu")
 
 
-def check_widths(device: str, hf_config: dict[str, Any], tp_size: int, where: str) -> None:
+def check_widths(device: str | None, hf_config: dict[str, Any], tp_size: int, where: str) -> None:
     """A server on a CPU pads each expert's and FFN's width to a multiple of 32 a rank and leaves in the padding what lay there.
 
-    Raises UserError that names a width of ``hf_config`` which would be padded.
+    ``device``: None where a server does not say. Raises UserError that names a width of ``hf_config`` which would be padded.
     """
+    if device is None or is_accelerated(device):
+        return
     multiple = PADDING * tp_size
     for key, name in PADDED.items():
         width = hf_config.get(key) or 0
-        if not is_accelerated(device) and width % multiple:
+        if width % multiple:
             nearest = -(-width // multiple) * multiple
             raise UserError(
                 f"{name}: a multiple of {multiple} for {where}, whose CPU kernels pad to it; got {width}; use {nearest}, or engine=local"

@@ -18,6 +18,7 @@ from r1mega.rl.engine import Engine
 from r1mega.rl.learner import Learner
 from r1mega.rl.push import PushReport, PushRuntime
 from r1mega.rl.rollouts import Rollouts
+from r1mega.rl.together import patiently, together, told
 from r1mega.train.policy import Policy
 
 ATTEMPTS = 3
@@ -85,60 +86,70 @@ class Delivery:
             failure, is_lost = self._send(version)
             if not self.mesh.broadcast_object(is_lost and attempt + 1 < ATTEMPTS):
                 break
-            self._on_first(lambda: self.engine.wait_for_all())
+            self._on_first(lambda: self.engine.wait_for_all(), meets=patiently)
         self.mesh.agree(failure)
         self._on_first(lambda: self.engine.wake())
         if self.rollouts is not None:
             self.engine.version = version
             self.rollouts.call(self.engine.resume())
 
-    def _on_first(self, work: Callable[[], Any]) -> None:
+    def _on_first(self, work: Callable[[], Any], meets: Callable[..., Any] = together) -> None:
         """A coroutine of the first rank's engine; all wait for it."""
-        together(self.mesh, lambda: self.rollouts.call(work()) if self.mesh.is_first else None)
+        meets(self.mesh, lambda: self.rollouts.call(work()) if self.mesh.is_first else None)
 
     def _send(self, version: int) -> tuple[str, bool]:
         """One attempt: what failed, and whether a server was lost with it."""
-        failure, is_lost = "", False
-        is_alone = self.mesh.world_size == 1
-        tensors = Walk(self.policy) if is_alone else self.policy.published_tensors(everywhere=self._is_local)
+        failure, is_lost, mesh = "", False, self.mesh
+        walk = Walk(self.policy)
+        # each rank's own engine takes them in its own process: there is one walk, of all of them
+        given = self.policy.published_tensors(everywhere=True) if self._is_local and mesh.world_size > 1 else walk
         try:
             if self.pusher is not None:
-                self.report: PushReport | None = self.pusher.send(tensors, version)
+                self.report: PushReport | None = self.pusher.send(given, version)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks are told
-            if is_alone and not isinstance(error, UserError):
+            if mesh.world_size == 1 and not isinstance(error, UserError):
                 raise
             failure, is_lost = told(error), _is_of_a_death(error)
-        for _ in () if is_alone else tensors:  # the ranks that gather for others, and those that have lost interest
-            pass
+        if given is not walk:
+            for _ in given:  # of a rank without an engine, or whose push has failed
+                pass
+        elif mesh.is_first:
+            walk.close()
+        else:
+            walk.follow()
         return failure, is_lost
 
 
 class Walk:
-    """Every published tensor, as often as it is walked: a proof that fails can look for the tensor that is wrong."""
+    """Every published tensor, as often as the sender walks it: a proof that fails looks once more for the tensor that is wrong.
+
+    The first rank iterates it and closes it; the others :meth:`follow`, and gather along in each walk.
+    """
 
     def __init__(self, policy: Policy):
-        self._policy = policy
+        self._policy, self._mesh = policy, policy.mesh
+        self._under_way: Iterator[tuple[str, torch.Tensor]] = iter(())
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._policy.published_tensors()
+        self._end()
+        self._mesh.broadcast_object(True)
+        self._under_way = self._policy.published_tensors(everywhere=False)
+        return self._under_way
 
+    def _end(self) -> None:
+        for _ in self._under_way:  # the sender may have lost interest, the others are in the midst of it
+            pass
 
-def together(mesh: Any, work: Callable[[], Any]) -> Any:
-    """``work()`` of this rank; where one rank's fails, all raise."""
-    found, failure = None, ""
-    try:
-        found = work()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks are told
-        if mesh.world_size == 1:
-            raise
-        failure = told(error)
-    mesh.agree(failure)
-    return found
+    def close(self) -> None:
+        """No walk follows."""
+        self._end()
+        self._mesh.broadcast_object(False)
 
-
-def told(error: BaseException) -> str:
-    """An error in words."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    def follow(self) -> None:
+        """The other ranks' part, until the sender closes."""
+        while self._mesh.broadcast_object(None):
+            for _ in self._policy.published_tensors(everywhere=False):
+                pass
 
 
 def _is_of_a_death(error: BaseException | None) -> bool:

@@ -20,7 +20,7 @@ from r1mega.data.problems import load_problems
 from r1mega.data.prompts import PromptStream
 from r1mega.rl.autopsy.watch import Watch
 from r1mega.rl.batch import RolloutRow
-from r1mega.rl.delivery import Delivery, together
+from r1mega.rl.delivery import Delivery
 from r1mega.rl.environment import Single
 from r1mega.rl.environment.play import Player
 from r1mega.rl.learner import Learner
@@ -33,6 +33,7 @@ from r1mega.rl.rollouts import Judge, Plan, Rollouts, Taken, sample_text
 from r1mega.rl.routing import RoutingShape
 from r1mega.rl.setup import encode_prompts, open_engine, open_environment, open_policy, open_rewards, open_run_mesh, open_tokenizer
 from r1mega.rl.shaping import learnable_groups, overlong_penalties
+from r1mega.rl.together import AGREE_SECONDS, together
 from r1mega.rl.types import Sample
 from r1mega.train import checkpoint, stop
 from r1mega.train.checkpoint import TrainState
@@ -44,9 +45,6 @@ from r1mega.train.profile import Profile
 from r1mega.train.ranges import named_layers
 from r1mega.train.saving import run_saver
 from r1mega.train.trainee import StepResult
-
-AGREE_SECONDS = 2.0
-"""Between two looks of several ranks at each other while they wait for rollouts."""
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from r1mega.rl.engine import Engine, EngineRuntime
 from r1mega.rl.environment import Environment, Single
 from r1mega.rl.push import AutoPush, PushRuntime
 from r1mega.rl.reward.runner import RewardRunner
+from r1mega.rl.together import patiently, together
 from r1mega.train.manifest import tokenizer_of, tuned_model
 from r1mega.train.policy import Policy
 
@@ -69,12 +70,9 @@ def open_engine(choice: Any, policy: Policy, tokenizer: Tokenizer, folder: Path,
         pad_id=tokenizer.pad_id,
         folder=str(folder),
     )
-    engine, failure = None, ""
-    try:
-        engine = choice.build(runtime) if mesh.is_first else None
-    except UserError as error:
-        failure = str(error)
-    mesh.agree(failure)
+    # servers take their time; an engine in this process is made in this thread, whose device it is
+    meets = patiently if hasattr(choice, "shared") else together
+    engine = meets(mesh, lambda: choice.build(runtime) if mesh.is_first else None)
     urls = mesh.broadcast_object([server.url for server in getattr(engine, "servers", ())])
     if generates and engine is None:
         engine = (replace(choice, url=" ".join(urls), shared=True) if urls else choice).build(runtime)
@@ -87,14 +85,10 @@ def serving(choice: Any, policy: Policy, tokenizer: Tokenizer, folder: Path) -> 
     engine = open_engine(choice, policy, tokenizer, folder)
     try:
         config = policy.published_config(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        device, failure = str(policy.mesh.device.torch_device), ""
+        device = str(policy.mesh.device.torch_device)
         runtime = PushRuntime(engine, config, servers=lambda: engine.servers, device=device, folder=folder / "pushes")
-        try:
-            if policy.mesh.is_first or not hasattr(engine, "servers"):
-                AutoPush().build(runtime).send(policy.published_tensors(), version=0)
-        except UserError as error:
-            failure = str(error)
-        policy.mesh.agree(failure)
+        sends = policy.mesh.is_first or not hasattr(engine, "servers")
+        together(policy.mesh, lambda: AutoPush().build(runtime).send(policy.published_tensors(), version=0) if sends else None)
         engine.version = 0
         yield engine
         policy.mesh.barrier()  # servers serve all ranks to the last one's end

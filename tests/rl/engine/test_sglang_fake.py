@@ -355,6 +355,13 @@ async def test_sleep_and_wake_by_tags():
         assert (await waiting).versions == ((5, 0, 6),)
         tags = [body["tags"] for path, body in zip(fake.paths, fake.bodies, strict=True) if path.endswith("memory_occupation")]
         assert [sorted(one) for one in tags] == [["cuda_graph", "kv_cache", "weights"], ["weights"], ["cuda_graph", "kv_cache"]]
+        await served.sleep()
+        fake.drop = 20  # it dies asleep
+        await served.wake()
+        fake.drop, fake.fail["/release_memory_occupation"] = 0, (400, {"message": "no"})
+        served.seats[0].asleep = []
+        with pytest.raises(EngineError, match="release_memory_occupation"):
+            await served.sleep()
 
 
 @run

@@ -135,6 +135,21 @@ def test_a_dead_server_is_started_again_at_its_address_until_it_is_too_often(pyt
     assert not any(map(is_there, pids(tmp_path)))
 
 
+def test_a_server_that_dies_while_its_memory_is_lent_comes_back_when_it_is_given_back(python: str, tmp_path: Path) -> None:
+    servers = fleet(python, tmp_path)
+    told: list[str] = []
+    servers.on_death = lambda index: told.append("death")
+    servers.on_ready = lambda index: told.append("ready")
+    servers.is_held = True
+    os.kill(servers.owned[0].server.info["pid"], signal.SIGKILL)
+    wait_until(lambda: told == ["death"])
+    time.sleep(4 * launch.POLL_SECONDS)
+    assert told == ["death"] and not servers.owned[0].is_running() and servers.restarts == 0
+    servers.is_held = False
+    wait_until(lambda: told == ["death", "ready"])
+    servers.close()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_the_trainer(python: str, tmp_path: Path, number: signal.Signals) -> None:
     code = f"""

@@ -16,7 +16,7 @@ import itertools
 import resource
 import uuid
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Awaitable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from r1mega.config.errors import UserError
 from r1mega.rl.engine.sglang import answers, probe, roster
 from r1mega.rl.engine.sglang.client import EngineError, Server
 from r1mega.rl.engine.sglang.launch import Fleet
-from r1mega.rl.engine.sglang.made import Made
+from r1mega.rl.engine.sglang.made import Made, sampling_params
 from r1mega.rl.push.contract import INCOMPLETE
 from r1mega.rl.types import Completion
 
@@ -68,10 +68,9 @@ class ServedEngine:
             found = [one.server for one in self.fleet.owned] if self.fleet else [*map(self._open, choice.urls())]
             self.router = Server(choice.router, choice.api_key()) if choice.router else None
             for server in found:
-                server.features.require(choice.wanted(), f"engine=sglang {server.url}")
-                sglang_server.check_widths(
-                    server.info.get("device") or "cuda", runtime.hf_config, server.tp_size, f"engine=sglang {server.url}"
-                )
+                where = f"engine=sglang {server.url}"
+                server.features.require(choice.wanted(), where)
+                sglang_server.check_widths(server.info.get("device"), runtime.hf_config, server.tp_size, where)
         except BaseException:
             if self.fleet:
                 self.fleet.close()
@@ -321,6 +320,7 @@ class ServedEngine:
     async def sleep(self, tags: tuple[str, ...] = sglang_server.TAGS) -> None:
         """Give device memory back by tags; nothing where ``engine.memory_saver`` is off. Paused first.
 
+        A server that dies asleep is started again when the others wake: the memory is the trainer's meanwhile.
         Weights that are given back are lost, and the servers stale, unless they keep a copy (``enable_weights_cpu_backup``).
         """
         if not self.choice.memory_saver:
@@ -335,7 +335,9 @@ class ServedEngine:
             if sglang_server.WEIGHTS in freed and not seat.server.features.weights_backup:
                 seat.version = -1
 
-        await asyncio.gather(*(one(seat) for seat in self.seats if seat.alive))
+        if self.fleet:
+            self.fleet.is_held = True
+        await asyncio.gather(*(_unless_lost(one(seat)) for seat in self.seats if seat.alive))
 
     async def wake(self, tags: tuple[str, ...] = sglang_server.TAGS) -> None:
         """Take memory back; for a push: the weights' tag first, the others after it. A server serves when it has all."""
@@ -346,7 +348,9 @@ class ServedEngine:
                 await seat.server.apost("/resume_memory_occupation", {"tags": taken})
                 seat.asleep = [tag for tag in seat.asleep if tag not in taken]
 
-        await asyncio.gather(*(one(seat) for seat in self.seats if seat.alive))
+        if self.fleet:
+            self.fleet.is_held = False
+        await asyncio.gather(*(_unless_lost(one(seat)) for seat in self.seats if seat.alive))
         self._tell_waiting()
 
     async def wake_weights(self) -> None:
@@ -419,21 +423,13 @@ class ServedEngine:
             self._revivals: set[asyncio.Future] = set()
 
 
-def sampling_params(sampling: Any, limit: int, eos_id: int) -> dict[str, Any]:
-    """SGLang's, every one said that a server could have another default for."""
-    return {
-        "max_new_tokens": limit,
-        "temperature": sampling.temperature,
-        "top_p": getattr(sampling, "top_p", 1.0),
-        "top_k": getattr(sampling, "top_k", 0) or -1,
-        "min_p": getattr(sampling, "min_p", 0.0),
-        "repetition_penalty": 1.0,
-        "frequency_penalty": 0.0,
-        "presence_penalty": 0.0,
-        "stop_token_ids": [eos_id],
-        "skip_special_tokens": False,
-        "no_stop_trim": True,
-    }
+async def _unless_lost(call: Awaitable[None]) -> None:
+    """A server that has died meanwhile needs no answer: whoever keeps it notices."""
+    try:
+        await call
+    except EngineError as error:
+        if not error.is_lost:
+            raise
 
 
 def _identity(info: dict[str, Any]) -> tuple[Any, ...]:

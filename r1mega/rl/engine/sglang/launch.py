@@ -75,7 +75,7 @@ def first_error(log: Path) -> str:
 
 
 class Owned:
-    """One server of ours. ``server`` keeps its address over restarts; ``process``: its keeper."""
+    """One server of ours. ``server`` keeps its address over restarts; ``process``: its keeper; ``is_missed``: known to be dead."""
 
     def __init__(self, index: int, command: list[str], environment: dict[str, str], log: Path, place: str, api_key: str):
         self.index, self.command, self.environment, self.log = index, command, environment, log
@@ -83,11 +83,13 @@ class Owned:
         self.process: subprocess.Popen | None = None
         self.began = 0.0
         self.mark = 0
+        self.is_missed = False
 
     def start(self) -> None:
         """Start the process; the log grows."""
         self.mark = self.log.stat().st_size if self.log.is_file() else 0
         self.began = time.monotonic()
+        self.is_missed = False
         self.process = subprocess.Popen(
             [sys.executable, keeper.__file__, str(os.getpid()), str(self.log), *self.command],
             stdin=subprocess.PIPE,
@@ -130,7 +132,7 @@ class Owned:
 class Fleet:
     """The servers of one engine. ``on_death`` and ``on_ready`` are called with an index, from a thread, when one dies and when it
     answers again; ``failure``: why one will not be started again. ``host``: this machine's address where others ask them too;
-    ``first``: number of the first."""
+    ``first``: number of the first; ``is_held``: what dies is not started again for now, since its memory is lent to the trainer."""
 
     def __init__(self, choice: SglangEngine, runtime: EngineRuntime, host: str = LOOPBACK, first: int = 0):
         self.choice, self.host, self.first = choice, host, first
@@ -138,6 +140,7 @@ class Fleet:
         self.on_ready: Callable[[int], None] = lambda index: None
         self.failure: UserError | None = None
         self.restarts = 0
+        self.is_held = False
         self.folder = Path(runtime.folder or tempfile.mkdtemp(prefix="r1mega-sglang-")).resolve() / "engine"
         self.owned = list(self._prepare(runtime))
         self._closing = threading.Event()
@@ -213,7 +216,11 @@ class Fleet:
             for one in self.owned:
                 if one.is_running() or self._closing.is_set() or self.failure:
                     continue
-                self.on_death(one.index)
+                if not one.is_missed:
+                    one.is_missed = True
+                    self.on_death(one.index)
+                if self.is_held:
+                    continue
                 said = one.complaint()
                 if self.restarts >= self.choice.restarts:
                     self.failure = UserError(

@@ -1,4 +1,4 @@
-"""A response that comes in pieces, interrupted by pauses and deaths of servers, and the weights that drew each of them."""
+"""A response in pieces, interrupted by pauses and deaths of servers: how it is drawn, and under which weights each piece was."""
 
 from __future__ import annotations
 
@@ -43,3 +43,20 @@ class Made:
 
             experts = torch.cat(self.experts)
         return Completion(self.token_ids, self.logprobs, reason, tuple(self.spans), experts, self.mask)
+
+
+def sampling_params(sampling: Any, limit: int, eos_id: int) -> dict[str, Any]:
+    """SGLang's, every one said that a server could have another default for."""
+    return {
+        "max_new_tokens": limit,
+        "temperature": sampling.temperature,
+        "top_p": getattr(sampling, "top_p", 1.0),
+        "top_k": getattr(sampling, "top_k", 0) or -1,
+        "min_p": getattr(sampling, "min_p", 0.0),
+        "repetition_penalty": 1.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "stop_token_ids": [eos_id],
+        "skip_special_tokens": False,
+        "no_stop_trim": True,
+    }

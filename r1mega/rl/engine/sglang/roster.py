@@ -69,13 +69,16 @@ class Listed:
 
 
 class Roster:
-    """As :class:`~r1mega.rl.engine.sglang.launch.Fleet`: ``owned``, ``on_death``, ``on_ready``, ``failure``, ``close``."""
+    """As :class:`~r1mega.rl.engine.sglang.launch.Fleet`: ``owned``, ``on_death``, ``on_ready``, ``failure``, ``close``.
+
+    ``is_held`` is not heeded: the runtime starts again what dies, at once."""
 
     def __init__(self, path: Path, choice: SglangEngine, runtime: EngineRuntime):
         self.path = path
         self.on_death: Callable[[int], None] = lambda index: None
         self.on_ready: Callable[[int], None] = lambda index: None
         self.failure: UserError | None = None
+        self.is_held = False
         self._closing = threading.Event()
         self._seconds = choice.start_seconds + MARGIN_SECONDS
         write(path.with_name(f"{path.name}.wanted"), wanted_of(runtime))
