@@ -7,7 +7,7 @@ from typing import Any
 
 from r1mega import registry
 from r1mega.config.convert import DTYPES, ConversionConfig
-from r1mega.config.knob import REQUIRED, above, at_least, knob, one_of
+from r1mega.config.knob import REQUIRED, above, at_least, between, knob, one_of
 from r1mega.config.run import ComputeConfig, SamplingConfig
 from r1mega.config.train import EXPORT_DTYPES, OptimConfig
 
@@ -106,6 +106,17 @@ class DiffBudgetConfig:
 
 
 @dataclass
+class ValidConfig:
+    """Held-out problems (data.valid) during the run, before its first rollout too: pass@1 and response length over the rollouts."""
+
+    every: int = knob(0, "rollouts between them; 0: never", "rollouts", **at_least(0))
+    limit: int = knob(0, "problems taken from the start of data.valid; 0: all", "problems", **at_least(0))
+    samples: int = knob(1, "responses a problem", "responses", **at_least(1))
+    temperature: float = knob(0.6, "of these responses; 0: the likeliest token", "1", **between(0, 10))
+    verifier: str = knob("accuracy", "reward of the run whose value 1 means correct", "name")
+
+
+@dataclass
 class RolloutConfig:
     """The RL loop's sizes (R1: 32 x 16 an update, 16 updates a rollout, reference reset every 400 updates)."""
 
@@ -140,6 +151,7 @@ class RolloutConfig:
         "name",
         **one_of("none", "r2", "r3"),
     )
+    valid: ValidConfig = knob(ValidConfig, "held-out problems during the run", "section")
     step_seconds: float = knob(
         60.0,
         "longest call of an environment, unless it asks for more; one that takes longer ends its episode alone",
@@ -179,6 +191,13 @@ class ProblemDataConfig:
 
     problems: str = knob(REQUIRED, "JSONL of problems", "path")
     limit: int = knob(0, "problems taken from the start of the file; 0: all", "problems", **at_least(0))
+
+
+@dataclass
+class RlDataConfig(ProblemDataConfig):
+    """Problems to train on, and held-out ones."""
+
+    valid: str | None = knob(None, "JSONL of held-out problems for rl.valid; null: none", "path")
 
 
 @dataclass
@@ -226,7 +245,7 @@ class RlConfig(ComputeConfig):
     teacher: str | None = knob(
         None, "checkpoint of the same architecture and tokenizer, for policy_loss.distill_coef; null: none", "path"
     )
-    data: ProblemDataConfig = knob(ProblemDataConfig, "problems", "section")
+    data: RlDataConfig = knob(RlDataConfig, "problems", "section")
     rl: RolloutConfig = knob(RolloutConfig, "the loop's sizes", "section")
     reward: RewardConfig = knob(RewardConfig, "rewards", "section")
     advantage: Any = knob(None, "registered choice: how rewards become advantages", "choice")

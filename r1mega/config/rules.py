@@ -263,6 +263,13 @@ def _algorithm(config: RlConfig) -> Iterator[Violation]:
     if by and by not in names:
         hint = f"{nearest(by, names)}use one of {', '.join(sorted(names))}, or rl.dynamic_sampling.by='' for none"
         yield Violation("rl.dynamic_sampling.by", "a reward of the run, or reward, their sum", repr(by), hint=hint)
+    if r.valid.every and config.data.valid is None:
+        hint = "or give data.valid=FILE"
+        yield Violation("rl.valid.every", "0 without held-out problems", r.valid.every, (("rl.valid.every", (0,)),), hint)
+    if r.valid.every and any(r.valid.verifier not in own for own in (config.reward.weights, *config.reward.by_source.values())):
+        everywhere = names.intersection(config.reward.weights, *config.reward.by_source.values())
+        hint = f"{nearest(r.valid.verifier, everywhere)}a weight of 0 lets a reward count nothing"
+        yield Violation("rl.valid.verifier", "a reward that every source's problems have", r.valid.verifier, hint=hint)
     distill = getattr(config.policy_loss, "distill_coef", None)
     if distill and config.teacher is None:
         hint = "or give teacher=CHECKPOINT"

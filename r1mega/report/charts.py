@@ -48,6 +48,7 @@ PHASES = {
     "score": "rescoring",
     "train": "training",
     "push": "weight push",
+    "valid": "held-out problems",
 }
 """``seconds_<key>`` of a metric line to the phase's name. Only runs of earlier versions have a phase of rewards."""
 

@@ -39,6 +39,8 @@ REWARD = Curve("reward", "Reward", "mean reward (points)")
 REWARDS = (
     REWARD,
     Curve("accuracy", "Accuracy on training problems", "correct (% of responses)", 100.0, _SHARE),
+    Curve("valid_pass_at_1", "Held-out problems: pass@1", "correct (% of responses)", 100.0, _SHARE),
+    Curve("valid_response_length", "Held-out problems: response length", "response length (tokens)", more={"y_range": (0.0, 1.0)}),
     Curve("format", "Format", "right format (% of responses)", 100.0, _SHARE),
     Curve("response_length", "Response length", "response length (tokens)", more={"y_range": (0.0, 1.0)}),
     Curve("response_length_max", "Longest response", "response length (tokens)", more={"y_range": (0.0, 1.0)}),

@@ -22,7 +22,7 @@ from r1mega.train.trainee import StepResult
 def rl(config: RlConfig) -> dict[str, Any]:
     """Reinforce ``config.init`` for ``rl.rollouts`` rollouts; the same call goes on from the last checkpoint."""
     with opened(config) as run:
-        run.push()
+        run.begin()
         while run.done < config.rl.rollouts:
             turn(run)
         return run.finish()
@@ -48,7 +48,7 @@ def turn(run: Run) -> None:
     run.count(taken, rows, time.perf_counter() - began, is_sound)
     asked = stop.asked(run.mesh)
     run.save(asked)
-    run.log(taken, rows, told, results)
+    run.log(taken, rows, told, results, {} if asked else run.validate())
     run.saver.settle()  # no earlier than the lines up to it, which a run that goes on from it keeps
     run.profile.step()
     if asked:

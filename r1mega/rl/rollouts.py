@@ -92,7 +92,7 @@ class Rollouts:
         self.busy, self.tokens, self._refused = Busy(), 0, 0
         self._pool: dict[int, asyncio.Task[list[Sample]]] = {}
         self._taking: asyncio.Task[Taken] | None = None
-        self._judging = Batcher(lambda asked: judge.records([sample.problem for sample, _ in asked], [text for _, text in asked]))
+        self._judging = Batcher(lambda asked: judge.records([problem for problem, _ in asked], [text for _, text in asked]))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
         self._thread.start()
@@ -104,18 +104,24 @@ class Rollouts:
         except BaseExceptionGroup as failures:
             raise first_of(failures) from failures
 
-    def look(self, seconds: float | None = None) -> str:
-        """Work on the next rollout until it is "done", a server is "stale" (wants a push), or ``seconds`` are over ("waiting")."""
-        return self.call(self._look(seconds))
+    def begin(self, work: Coroutine) -> asyncio.Task:
+        """Let something run beside the rollouts; :meth:`look` at it."""
+
+        async def start() -> asyncio.Task:
+            return asyncio.create_task(work)
+
+        return self.call(start())
+
+    def look(self, seconds: float | None = None, work: asyncio.Task | None = None) -> str:
+        """Work on the next rollout (or ``work``) until it is "done", a server is "stale" (wants a push), or ``seconds`` are over
+        ("waiting")."""
+        return self.call(self._look(seconds, work))
 
     def take(self) -> Taken:
         """The groups of the next rollout; waits for them. Raises what failed in any of the groups."""
         self.call(self._look(None, heed_stale=False))
         taking, self._taking = self._taking, None
-        try:
-            taken = taking.result()
-        except BaseException as failures:
-            raise first_of(failures) from failures
+        taken = result_of(taking)
         taken.refused, self._refused = self._refused, 0
         return taken
 
@@ -134,17 +140,21 @@ class Rollouts:
             self._thread.join(timeout=30)
         self.player.close()
 
-    async def _look(self, seconds: float | None, *, heed_stale: bool = True) -> str:
-        if self._taking is None:
-            self._taking = asyncio.create_task(self._take())
-        watched = {self._taking}
+    async def judged(self, problem: Any, text: str) -> dict[str, RewardRecord]:
+        """What every reward says of a response; many that come together are one call."""
+        return await self._judging.ask((problem, text))
+
+    async def _look(self, seconds: float | None, work: asyncio.Task | None = None, *, heed_stale: bool = True) -> str:
+        if work is None:
+            self._taking = work = self._taking or asyncio.create_task(self._take())
+        watched = {work}
         if heed_stale and hasattr(self.engine, "wait_for_stale"):
             watched.add(asyncio.create_task(self.engine.wait_for_stale()))
         await asyncio.wait(watched, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        is_stale = any(task.done() for task in watched - {self._taking})
-        for task in watched - {self._taking}:
+        is_stale = any(task.done() for task in watched - {work})
+        for task in watched - {work}:
             task.cancel()
-        return "done" if self._taking.done() else "stale" if is_stale else "waiting"
+        return "done" if work.done() else "stale" if is_stale else "waiting"
 
     async def _take(self) -> Taken:
         plan, taken, began = self.plan, Taken(), time.perf_counter()
@@ -195,7 +205,7 @@ class Rollouts:
         with self.busy:
             sample = await self._told_episode(item, member)
         text = sample_text(self.tokenizer, sample)
-        sample.records = await self._judging.ask((sample, text))
+        sample.records = await self.judged(sample.problem, text)
         sample.reward = self.judge.total(sample.problem, sample.records) + sample.environment_reward
         sample.judged = time.time()
         sample.id = self.ledger.write("sample", *recorded(sample))
@@ -238,6 +248,14 @@ class Rollouts:
     def _seed(self, item: int, member: int, turn: int) -> int:
         text = f"{self.plan.seed}:{item}:{member}:{turn}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 2
+
+
+def result_of(task: asyncio.Task) -> Any:
+    """Of a task that is done. Raises what failed first in it."""
+    try:
+        return task.result()
+    except BaseException as failures:
+        raise first_of(failures) from failures
 
 
 class Busy:

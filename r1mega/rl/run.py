@@ -6,6 +6,7 @@ are gathered for the push. A failure of one rank's rollouts or push is told to a
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Iterator
@@ -29,12 +30,13 @@ from r1mega.rl.metrics import Pace, mean_load, rollout_line, source_line
 from r1mega.rl.place import Place
 from r1mega.rl.reward.mix import FAILURES, by_reward, keep_failures, names_of, weights_of, write_failures
 from r1mega.rl.reward.runner import RewardRunner
-from r1mega.rl.rollouts import Judge, Plan, Rollouts, Taken, sample_text
+from r1mega.rl.rollouts import Judge, Plan, Rollouts, Taken, result_of, sample_text
 from r1mega.rl.routing import RoutingShape
 from r1mega.rl.setup import encode_prompts, open_engine, open_environment, open_policy, open_rewards, open_run_mesh, open_tokenizer
 from r1mega.rl.shaping import learnable_groups, overlong_penalties
 from r1mega.rl.together import AGREE_SECONDS, together
 from r1mega.rl.types import Sample
+from r1mega.rl.validation import Validation, valid_line
 from r1mega.train import checkpoint, stop
 from r1mega.train.checkpoint import TrainState
 from r1mega.train.lineage import Lineage
@@ -84,6 +86,8 @@ class Run:
         context = self.policy.model_config.max_position_embeddings
         # refuses before anything is generated
         encode_prompts(self.tokenizer, problems, self.sizes.sampling.max_new_tokens, context)
+        held_out = load_problems(config.data.valid, limit=self.sizes.valid.limit) if self.sizes.valid.every else []
+        encode_prompts(self.tokenizer, held_out, self.sizes.sampling.max_new_tokens, context)
         self._place = Place.of(mesh, self.sizes.prompts_per_rollout)
         self.stream = PromptStream(problems, config.seed, self._place.number, self._place.count)
         self.state = TrainState(extra={"rollouts": 0, "seconds": 0.0})
@@ -97,6 +101,7 @@ class Run:
         stack.callback(self.ledger.close)
         self.engine = open_engine(config.engine, self.policy, self.tokenizer, self.folder, self._place.generates)
         self.rollouts: Rollouts | None = None
+        self._validation: Validation | None = None
         if self.engine is not None:
             stack.callback(self.engine.close)
             judge = Judge(rewards, lambda source: weights_of(source, config.reward.weights, config.reward.by_source))
@@ -104,6 +109,8 @@ class Run:
             player = Player(environment, self.engine, self.tokenizer, sampling, context, seconds, environment_name)
             self.rollouts = Rollouts(self._plan(), player, judge, self.stream, self.ledger, known)
             stack.callback(self.rollouts.close)
+            if held_out:
+                self._validation = Validation(self.sizes.valid, held_out, self.rollouts, self._place, config.seed)
         self.delivery = Delivery(config.push, self.learner, self.engine, self.rollouts, self.hf_config, self.folder, stack)
         self.pace = Pace(mesh, self.rollouts)
         self._watch = Watch(config, self.learner, self.tokenizer, self._place.writes)
@@ -191,15 +198,7 @@ class Run:
 
     def take(self) -> Taken:
         """The next rollout's groups of this data rank; all its ranks get them. Servers that have come back get a push meanwhile."""
-        seconds = AGREE_SECONDS if self.mesh.world_size > 1 else None
-        states = {"waiting"}
-        while states != {"done"}:
-            states = set(self.mesh.gather_everywhere(self.rollouts.look(seconds) if self.rollouts else "done"))
-            if "stale" in states:
-                self.metrics.event("pushed again", self.done + 1, "a server has started anew")
-                before = self.seconds.get("push", 0.0)
-                self.push()
-                self.seconds["rollout"] = self.seconds.get("rollout", 0.0) - (self.seconds["push"] - before)
+        self._wait("rollout")
         taken = together(self.mesh, lambda: self.rollouts.take() if self.rollouts else Taken())
         for axis in ("context", "tensor", "pipeline"):
             if self.mesh.axes[axis].size > 1:
@@ -208,6 +207,35 @@ class Run:
                 groups, dropped = sum((part.groups for part in parts), []), sum((part.dropped for part in parts), [])
                 taken = Taken(groups, dropped, waited, sum(part.refused for part in parts))
         return taken
+
+    def _wait(self, phase: str, work: asyncio.Task | None = None) -> None:
+        """Until all ranks' ``work`` (None: rollouts) is done; ``phase``: the clock that runs, which a push meanwhile is none of."""
+        seconds = AGREE_SECONDS if self.mesh.world_size > 1 else None
+        states = {"waiting"}
+        while states != {"done"}:
+            states = set(self.mesh.gather_everywhere(self.rollouts.look(seconds, work) if self.rollouts else "done"))
+            if "stale" in states:
+                self.metrics.event("pushed again", self.done + 1, "a server has started anew")
+                before = self.seconds.get("push", 0.0)
+                self.push()
+                self.seconds[phase] = self.seconds.get(phase, 0.0) - (self.seconds["push"] - before)
+
+    def validate(self) -> dict[str, float]:
+        """Numbers of the held-out problems, where it is their turn; see :func:`r1mega.rl.validation.valid_line`."""
+        every = self.sizes.valid.every
+        if not every or (self.done % every and self.done != self.sizes.rollouts):
+            return {}
+        with self.timed("valid"):
+            work = self.rollouts.begin(self._validation.answers()) if self.rollouts else None
+            self._wait("valid", work)
+            mine = together(self.mesh, lambda: result_of(work) if work else [])
+        return valid_line([answer for part in self.mesh.gather_everywhere(mine) for answer in part])
+
+    def begin(self) -> None:
+        """Push the first weights; a run that has not trained yet says what they are worth."""
+        self.push()
+        if not self.done and (line := self.validate()):
+            self.metrics.log({"update": 0, "rollout": 0, **line})
 
     def value(self, taken: Taken) -> tuple[list[RolloutRow], dict[str, list[float]]]:
         """Rows with their advantages, which a choice may normalise over all ranks' groups; and what the rewards said, by name."""
@@ -291,8 +319,15 @@ class Run:
             self.stream.finish(items)
         return used, dropped
 
-    def log(self, taken: Taken, rows: list[RolloutRow], told: dict[str, list[float]], results: list[StepResult]) -> None:
-        """One metric line a rollout, over all ranks."""
+    def log(
+        self,
+        taken: Taken,
+        rows: list[RolloutRow],
+        told: dict[str, list[float]],
+        results: list[StepResult],
+        valid: dict[str, float],
+    ) -> None:
+        """One metric line a rollout, over all ranks; ``valid``: of :meth:`validate`."""
         self.metrics.advance()
         first = self.learner.update_count - len(results)
         line = rollout_line(self.mesh, rows, taken, told, results, self.sizes.group_size, first)
@@ -302,12 +337,12 @@ class Run:
         self.metrics.count(rollouts=1, samples=line["responses"], **counted)
         if self.learner.hears_engine:
             line |= {"routing_agreement": self.learner.agreement, "routing_refused": sum(self.mesh.gather_objects(taken.refused))}
-        if self.done % self.sizes.log_every and self.done != self.sizes.rollouts:
+        if self.done % self.sizes.log_every and self.done != self.sizes.rollouts and not valid:
             return
         whole = sum(self.seconds.values())
         line |= {f"seconds_{name}": value for name, value in self.seconds.items()}
         line["idle_share"] = self.seconds.get("rollout", 0.0) / max(whole, 1e-9)
-        line |= (self.delivery.report.line() if self.delivery.report else {}) | self._watch.line()
+        line |= (self.delivery.report.line() if self.delivery.report else {}) | self._watch.line() | valid
         place = {"update": self.learner.update_count, "rollout": self.done, "lr": self.learner.rate, "tokens": self.state.tokens}
         self.metrics.log({**place, **self.policy.peak_gib(), **line, "expert_load": mean_load(results), **self.saver.metrics()})
 

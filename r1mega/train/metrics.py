@@ -21,7 +21,7 @@ class Metrics:
     ``config``: the command's dataclass, whose ``log`` says what else gets the lines; None: nothing else.
 
     Lines of steps after ``done`` (a run that was cut off after its last checkpoint) are dropped from the file first, so that a step
-    stands once.
+    stands once; none is left where ``done`` is 0.
     """
 
     def __init__(self, folder: Path, key: str, total: int, done: int, *, active: bool, config: Any = None):
@@ -113,7 +113,7 @@ def _lines_before(path: Path, key: str, done: int, *, keep_events: bool) -> list
     for line in path.read_text().splitlines(keepends=True):
         try:
             values = json.loads(line)
-            if values[key] <= done or (keep_events and "event" in values):
+            if 0 < done >= values[key] or (keep_events and "event" in values):
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):  # a half line that a killed process left
             continue

@@ -19,7 +19,7 @@ import torch
 
 from r1mega import api
 from r1mega.config.errors import Stopped, UserError
-from r1mega.config.rl import ProblemDataConfig, RewardConfig, RlConfig, RolloutConfig
+from r1mega.config.rl import ProblemDataConfig, RewardConfig, RlConfig, RlDataConfig, RolloutConfig, ValidConfig
 from r1mega.config.run import SamplingConfig
 from r1mega.mesh import close_mesh
 from r1mega.rl.advantage import GroupAdvantage
@@ -321,7 +321,8 @@ def test_the_real_rewards_run(place: Path, tmp_path: Path) -> None:
 
 def two_ranks(place: Path, out: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[float]]:
     """One rank's loop: its result, its weights at the end, the log-probabilities that it drew its responses with."""
-    settings = config(place, out)
+    settings = config(place, out, valid=ValidConfig(every=2, limit=5))
+    settings.data = RlDataConfig(settings.data.problems, valid=settings.data.problems)
     drawn = []
     with ExitStack() as stack:
         run = Run(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits(), stack)
@@ -334,7 +335,7 @@ def two_ranks(place: Path, out: Path) -> tuple[dict[str, Any], dict[str, torch.T
             return made
 
         run.take = keep
-        run.push()
+        run.begin()
         for _ in range(settings.rl.rollouts):
             turn(run)
         return run.finish(), weights(run), drawn
@@ -361,7 +362,8 @@ def test_two_ranks_share_the_questions_and_agree_on_the_weights(place: Path) -> 
     assert first["tokens"] == second["tokens"] and first["updates"] == 4
     assert same(ours, theirs) and mine != others
     told = lines(place / "two")
-    assert [line["rollout"] for line in told] == [1, 2] and all(line["rollout_diff_max"] < 1e-4 for line in told)
+    assert [line["rollout"] for line in told] == [0, 1, 2] and all(line["rollout_diff_max"] < 1e-4 for line in told[1:])
+    assert ["valid_pass_at_1" in line for line in told] == [True, False, True], "three and two of the held-out questions a rank"
     assert torch.equal(stored(first["checkpoint"])["output_layer.weight"], ours["output_layer.weight"])
 
 
