@@ -28,8 +28,13 @@ class Calls:
         self._gate: asyncio.Semaphore | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def __call__(self, seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What the function returns; raises what it raises, and TimeoutError after ``seconds`` or where too many calls hang."""
+    async def __call__(
+        self, seconds: float, function: Callable[..., Any], *arguments: Any, late: Callable[[Any], Any] | None = None
+    ) -> Any:
+        """What the function returns; raises what it raises, and TimeoutError after ``seconds`` or where too many calls hang.
+
+        ``late``: gets, in a thread, what the function returns after all, when nobody waits for it any more.
+        """
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._gate, self._loop = asyncio.Semaphore(self._count), loop
@@ -40,7 +45,7 @@ class Calls:
             worker = self._free.pop() if self._free else _Worker()
             try:
                 async with asyncio.timeout(seconds):
-                    value, error = await worker.ask(loop, function, arguments)
+                    value, error = await worker.ask(loop, function, arguments, late)
             except BaseException as ended:  # the limit, or this task was cancelled
                 worker.end()
                 self._left.append(worker)
@@ -64,10 +69,12 @@ class _Worker:
         self.thread = threading.Thread(target=self._run, name="environment", daemon=True)
         self.thread.start()
 
-    def ask(self, loop: asyncio.AbstractEventLoop, function: Callable[..., Any], arguments: tuple) -> asyncio.Future:
+    def ask(
+        self, loop: asyncio.AbstractEventLoop, function: Callable[..., Any], arguments: tuple, late: Callable[[Any], Any] | None
+    ) -> asyncio.Future:
         """A future of (value, error)."""
         future = loop.create_future()
-        self._jobs.put((loop, future, function, arguments))
+        self._jobs.put((loop, future, function, arguments, late))
         return future
 
     def end(self) -> None:
@@ -76,16 +83,18 @@ class _Worker:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            loop, future, function, arguments = job
+            loop, future, function, arguments, late = job
             try:
                 answer = (function(*arguments), None)
             except BaseException as error:  # noqa: BLE001 - whoever asked gets it
                 answer = (None, error)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                loop.call_soon_threadsafe(_answer, future, answer)
-            del job, future, function, arguments, answer
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
+                loop.call_soon_threadsafe(_answer, future, answer, late)
+            del job, future, function, arguments, late, answer
 
 
-def _answer(future: asyncio.Future, answer: tuple[Any, BaseException | None]) -> None:
+def _answer(future: asyncio.Future, answer: tuple[Any, BaseException | None], late: Callable[[Any], Any] | None) -> None:
     if not future.done():
         future.set_result(answer)
+    elif late is not None and answer[1] is None:
+        threading.Thread(target=late, args=answer[:1], name="environment-late", daemon=True).start()

@@ -95,7 +95,7 @@ class Player:
         made, episode = _Made(), None
         try:
             try:
-                episode = await self._ask("begin", self.environment.begin, problem)
+                episode = await self._ask("begin", self.environment.begin, problem, late=_close)
                 made.prompt = self._prompt(await self._ask("reset", episode.reset))
                 await self._take_turns(made, episode, seed_of)
             except Failed as failed:
@@ -129,10 +129,12 @@ class Player:
         ids = without_end(drawn.token_ids, self.tokenizer.eos_id)
         made.add(drawn, self.engine.version, self.tokenizer.decode(ids, skip_special=False))
 
-    async def _ask(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A call of the environment. Raises Failed for whatever it raises and for no answer in time."""
+    async def _ask(self, what: str, function: Callable[..., Any], *arguments: Any, late: Callable[[Any], Any] | None = None) -> Any:
+        """A call of the environment. Raises Failed for whatever it raises and for no answer in time; ``late`` gets one after it."""
         try:
-            return function(*arguments) if self._calls is None else await self._calls(self._seconds, function, *arguments)
+            if self._calls is None:
+                return function(*arguments)
+            return await self._calls(self._seconds, function, *arguments, late=late)
         except Exception as error:
             raise Failed(f"{self.name}: {what}: {type(error).__name__}: {error}") from error
 
@@ -203,6 +205,12 @@ def play_all(player: Player, problems: Sequence[Problem], seeds: Sequence[int]) 
         return asyncio.run(everyone())
     except* Exception as failures:
         raise first_of(failures) from None
+
+
+def _close(episode: Episode) -> None:
+    """Of an episode that has begun too late."""
+    with contextlib.suppress(Exception):
+        episode.close()
 
 
 def _joined(before: torch.Tensor | None, whole: torch.Tensor | None) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -270,4 +271,25 @@ def test_time_runs_when_a_call_does_and_hanging_ones_are_bounded(monkeypatch) ->
     release.set()
     time.sleep(0.2)
     assert asyncio.run(calls(2, pow, 2, 5)) == 32, "what hung has ended"
+    calls.close()
+
+
+def test_an_answer_that_nobody_waits_for_is_handed_on() -> None:
+    """An episode that has begun too late is closed."""
+    release, given = threading.Event(), queue.SimpleQueue()
+
+    def begin() -> str:
+        release.wait(20)
+        return "episode"
+
+    async def everyone() -> None:
+        with pytest.raises(TimeoutError):
+            await calls(0.1, begin, late=given.put)
+        assert await calls(5, str, 7, late=given.put) == "7"
+        release.set()
+        assert await asyncio.to_thread(given.get, True, 10) == "episode"
+        assert given.empty(), "who is waited for is not late"
+
+    calls = Calls(2)
+    asyncio.run(everyone())
     calls.close()

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# R1-Zero in miniature: search for countdown solutions, read from plain text, shown 4,000 times, then reinforced.
+# Usage: run.sh [OUTPUT FOLDER] [cpu | h200]
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+out=${1:-runs/r1_zero}
+size=${2:-cpu}
+r1mega=${R1MEGA:-r1mega}
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+case $size in
+    cpu)
+        numbers=3 documents=40000 length=512
+        model=(model=tiny)
+        pretrain=(trainer.steps=${STEPS:-1200} trainer.global_batch_size=8 trainer.micro_batch_size=8 optim.lr=3e-3 optim.min_lr=2e-4)
+        sft=(trainer.steps=200 trainer.global_batch_size=8 trainer.micro_batch_size=8)
+        rl=(rl.rollouts=30 rl.prompts_per_rollout=16 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=32 optim.lr=1e-4 optim.min_lr=1e-4)
+        common=()
+        ;;
+    h200)
+        numbers=4 documents=200000 length=2048
+        model=(model=small)
+        pretrain=(trainer.steps=${STEPS:-600} trainer.global_batch_size=64 trainer.micro_batch_size=16 optim.lr=6e-4 optim.min_lr=6e-5)
+        sft=(trainer.steps=60 trainer.global_batch_size=64 trainer.micro_batch_size=16)
+        rl=(rl.rollouts=60 rl.prompts_per_rollout=32 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=32 optim.lr=1e-5 optim.min_lr=1e-5 engine=sglang)
+        common=(device=cuda precision=bf16)
+        ;;
+    *) echo "run.sh: cpu or h200; got $size" >&2; exit 2 ;;
+esac
+
+# Problems, 200 of them held out; searches as text and as conversations; a tokenizer.
+python3 "$here/problems.py" "$out/problems" "$numbers" 12 "$documents"
+$r1mega prepare "out=$out/data" "text=[$out/problems/text.jsonl]" tokenizer.vocab_size=512 "sft_from=$out/problems/sft.jsonl"
+
+# 1. Read.
+$r1mega pretrain "out=$out/pretrain" "${model[@]}" "${common[@]}" "tokenizer=$out/data/tokenizer" "data.train={$out/data/text: 1}" \
+    "data.valid=$out/data/text_valid" "data.sequence_length=$length" data.packing=isolated optim.warmup_steps=50 trainer.valid_every=200 \
+    "${pretrain[@]}"
+
+# 2. Be shown: conversations in R1's format, whose searches give up early.
+$r1mega sft "out=$out/sft" "init=$out/pretrain" "${common[@]}" "data.train={$out/data/sft: 1}" "data.sequence_length=$length" \
+    optim.lr=5e-4 optim.min_lr=5e-5 optim.warmup_steps=10 "${sft[@]}"
+
+# 3. Find out: GRPO, with the held-out problems every five rollouts.
+$r1mega rl "out=$out/rl" "init=$out/sft" "${common[@]}" "data.problems=$out/problems/train.jsonl" "data.valid=$out/problems/test.jsonl" \
+    "reward.weights={countdown.Countdown: 1, format: 0}" rl.valid.verifier=countdown.Countdown rl.valid.every=5 rl.valid.temperature=1 \
+    "rl.sampling.max_new_tokens=$length" policy_loss.kl_coef=0 optim.warmup_steps=4 "${rl[@]}" "${@:3}"
+
+$r1mega report "run=$out/rl"
