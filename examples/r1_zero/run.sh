@@ -29,8 +29,10 @@ case $size in
 esac
 
 # Problems, 200 of them held out; searches as text and as conversations; a tokenizer.
-python3 "$here/problems.py" "$out/problems" "$numbers" 12 "$documents"
-$r1mega prepare "out=$out/data" "text=[$out/problems/text.jsonl]" tokenizer.vocab_size=512 "sft_from=$out/problems/sft.jsonl"
+if [ ! -f "$out/data/sft.json" ]; then
+    python3 "$here/problems.py" "$out/problems" "$numbers" 12 "$documents"
+    $r1mega prepare "out=$out/data" "text=[$out/problems/text.jsonl]" tokenizer.vocab_size=512 "sft_from=$out/problems/sft.jsonl"
+fi
 
 # 1. Read.
 $r1mega pretrain "out=$out/pretrain" "${model[@]}" "${common[@]}" "tokenizer=$out/data/tokenizer" "data.train={$out/data/text: 1}" \
