@@ -55,8 +55,8 @@ def violations(config: Any) -> Iterator[Violation]:
         yield from _folder("checkpoint", config.checkpoint, "a checkpoint's folder")
     if isinstance(config, RlConfig | EvalConfig):
         yield from _file("data.problems", config.data.problems)
-    if isinstance(config, RlConfig) and config.data.valid is not None:
-        yield from _file("data.valid", config.data.valid)
+    if isinstance(config, RlConfig) and config.rl.valid.problems is not None:
+        yield from _file("rl.valid.problems", config.rl.valid.problems)
     if isinstance(config, PrepareConfig):
         yield from _prepare(config)
     if isinstance(config, ReportConfig | WhyConfig | AutopsyConfig):

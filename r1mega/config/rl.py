@@ -107,10 +107,11 @@ class DiffBudgetConfig:
 
 @dataclass
 class ValidConfig:
-    """Held-out problems (data.valid) during the run, before its first rollout too: pass@1 and response length over the rollouts."""
+    """Held-out problems during the run, before its first rollout too: pass@1 and response length over the rollouts."""
 
     every: int = knob(0, "rollouts between them; 0: never", "rollouts", **at_least(0))
-    limit: int = knob(0, "problems taken from the start of data.valid; 0: all", "problems", **at_least(0))
+    problems: str | None = knob(None, "JSONL of held-out problems; null: none", "path")
+    limit: int = knob(0, "problems taken from the start of the file; 0: all", "problems", **at_least(0))
     samples: int = knob(1, "responses a problem", "responses", **at_least(1))
     temperature: float = knob(0.6, "of these responses; 0: the likeliest token", "1", **between(0, 10))
     verifier: str = knob("accuracy", "reward of the run whose value 1 means correct", "name")
@@ -194,13 +195,6 @@ class ProblemDataConfig:
 
 
 @dataclass
-class RlDataConfig(ProblemDataConfig):
-    """Problems to train on, and held-out ones."""
-
-    valid: str | None = knob(None, "JSONL of held-out problems for rl.valid; null: none", "path")
-
-
-@dataclass
 class RuntimeConfig:
     """Who holds the roles of ``r1mega rl``: trainer ranks and, with engine=sglang, its servers."""
 
@@ -245,7 +239,7 @@ class RlConfig(ComputeConfig):
     teacher: str | None = knob(
         None, "checkpoint of the same architecture and tokenizer, for policy_loss.distill_coef; null: none", "path"
     )
-    data: RlDataConfig = knob(RlDataConfig, "problems", "section")
+    data: ProblemDataConfig = knob(ProblemDataConfig, "problems", "section")
     rl: RolloutConfig = knob(RolloutConfig, "the loop's sizes", "section")
     reward: RewardConfig = knob(RewardConfig, "rewards", "section")
     advantage: Any = knob(None, "registered choice: how rewards become advantages", "choice")

@@ -263,8 +263,8 @@ def _algorithm(config: RlConfig) -> Iterator[Violation]:
     if by and by not in names:
         hint = f"{nearest(by, names)}use one of {', '.join(sorted(names))}, or rl.dynamic_sampling.by='' for none"
         yield Violation("rl.dynamic_sampling.by", "a reward of the run, or reward, their sum", repr(by), hint=hint)
-    if r.valid.every and config.data.valid is None:
-        hint = "or give data.valid=FILE"
+    if r.valid.every and r.valid.problems is None:
+        hint = "or give rl.valid.problems=FILE"
         yield Violation("rl.valid.every", "0 without held-out problems", r.valid.every, (("rl.valid.every", (0,)),), hint)
     if r.valid.every and any(r.valid.verifier not in own for own in (config.reward.weights, *config.reward.by_source.values())):
         everywhere = names.intersection(config.reward.weights, *config.reward.by_source.values())

@@ -86,7 +86,7 @@ class Run:
         context = self.policy.model_config.max_position_embeddings
         # refuses before anything is generated
         encode_prompts(self.tokenizer, problems, self.sizes.sampling.max_new_tokens, context)
-        held_out = load_problems(config.data.valid, limit=self.sizes.valid.limit) if self.sizes.valid.every else []
+        held_out = load_problems(self.sizes.valid.problems, limit=self.sizes.valid.limit) if self.sizes.valid.every else []
         encode_prompts(self.tokenizer, held_out, self.sizes.sampling.max_new_tokens, context)
         self._place = Place.of(mesh, self.sizes.prompts_per_rollout)
         self.stream = PromptStream(problems, config.seed, self._place.number, self._place.count)

@@ -138,8 +138,8 @@ def test_help_and_completion_follow_a_preset() -> None:
 @pytest.mark.parametrize("said, names", [
     (["rl.overlong.cache_tokens=300"], "rl.overlong.cache_tokens: at most rl.sampling.max_new_tokens 256; got 300; use .*=51"),
     (["rl.dynamic_sampling.by=accurcy"], "rl.dynamic_sampling.by: a reward of the run.*got 'accurcy'; did you mean accuracy"),
-    (["rl.valid.every=5"], "rl.valid.every: 0 without held-out problems; got 5; .*or give data.valid=FILE"),
-    (["rl.valid.every=5", "data.valid=x", "rl.valid.verifier=acuracy"], "rl.valid.verifier: a reward that every .*mean accuracy"),
+    (["rl.valid.every=5"], "rl.valid.every: 0 without held-out problems; got 5; .*or give rl.valid.problems=FILE"),
+    (["rl.valid.every=5", "rl.valid.problems=x", "rl.valid.verifier=acuracy"], "rl.valid.verifier: a reward that every .*mean accuracy"),
     (["policy_loss.correction=mask", "policy_loss.correction_low=3"], "policy_loss.correction_low: .*policy_loss.correction_high 2.0"),
     (["policy_loss.dual_clip=0.5"], "policy_loss.dual_clip: 0 or above 1; got 0.5"),
     (["policy_loss.distill_coef=1"], "policy_loss.distill_coef: 0 without a teacher; got 1.0; .*or give teacher=CHECKPOINT"),

@@ -19,7 +19,7 @@ import torch
 
 from r1mega import api
 from r1mega.config.errors import Stopped, UserError
-from r1mega.config.rl import ProblemDataConfig, RewardConfig, RlConfig, RlDataConfig, RolloutConfig, ValidConfig
+from r1mega.config.rl import ProblemDataConfig, RewardConfig, RlConfig, RolloutConfig, ValidConfig
 from r1mega.config.run import SamplingConfig
 from r1mega.mesh import close_mesh
 from r1mega.rl.advantage import GroupAdvantage
@@ -321,8 +321,7 @@ def test_the_real_rewards_run(place: Path, tmp_path: Path) -> None:
 
 def two_ranks(place: Path, out: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[float]]:
     """One rank's loop: its result, its weights at the end, the log-probabilities that it drew its responses with."""
-    settings = config(place, out, valid=ValidConfig(every=2, limit=5))
-    settings.data = RlDataConfig(settings.data.problems, valid=settings.data.problems)
+    settings = config(place, out, valid=ValidConfig(every=2, problems=str(place / "problems.jsonl"), limit=5))
     drawn = []
     with ExitStack() as stack:
         run = Run(settings, open_run_mesh(settings), checkpoint.resolve(place / "seed"), Digits(), stack)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from r1mega.config.rl import RlDataConfig, ValidConfig
+from r1mega.config.rl import ValidConfig
 from r1mega.rl.loop import rl
 from r1mega.rl.types import RewardRecord
 from r1mega.rl.validation import Answer, valid_line
@@ -36,11 +36,9 @@ def noted(monkeypatch) -> list[tuple[str, str]]:
 
 
 def with_valid(place: Path, out: Path, lag: int = 0, **valid):  # noqa: F811
-    settings = config(place, out, rollouts=3, valid=ValidConfig(**valid), lag=lag)
     file = place / "held_out.jsonl"
     file.write_text("".join(json.dumps({"question": f"{left}+2", "answer": str(left + 2)}) + "\n" for left in range(5)))
-    settings.data = RlDataConfig(problems=settings.data.problems, valid=str(file))
-    return settings
+    return config(place, out, rollouts=3, valid=ValidConfig(problems=str(file), **valid), lag=lag)
 
 
 @pytest.mark.parametrize("lag", [0, 1])
