@@ -81,6 +81,7 @@ def same(left: Path, right: Path) -> None:
     assert told[0] == told[1] and len(told[0]) == 2 and all(line[3] > 0 for line in told[0])
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_bits(place: Path, straight: Path, tmp_path: Path) -> None:
     finish(begin(place, tmp_path / "run", "runtime=ray", "runtime.address=local"))
     same(straight, tmp_path / "run")

@@ -1,6 +1,6 @@
 """runtime=ray on a cluster of this machine, with small programs in the ranks' place: places, logs, failures, restarts, servers that die.
 
-One real run of the loop stands in tests/e2e/test_ray_rl.py.
+One run of the loop, by one rank; runs of more stand in tests/e2e/test_ray_rl.py.
 """
 
 from __future__ import annotations
@@ -17,12 +17,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from r1mega.config.compose import compose
 from r1mega.config.errors import UserError
 from r1mega.launch.local import RESULT_VARIABLE, LaunchError
+from r1mega.mesh import close_mesh
+from r1mega.rl.loop import rl
+from r1mega.train.checkpoint import latest
+from r1mega.train.pretrain import pretrain
 from tests.launch import ray_cases
 from tests.launch.ray_cases import ROOT, config, is_there, needs_ray, wait_until
 from tests.rl.engine.test_sglang_launch import KNOWN, SERVER
+from tests.train.cases import lines, pretrain_config, stored, write_data
 
 pytestmark = needs_ray
 
@@ -82,6 +89,28 @@ pathlib.Path(os.environ["{RESULT_VARIABLE}"]).write_bytes(b"made by " + os.envir
     assert all(f"said by {rank}\n" in text and f"told by {rank}\n" in text for rank, text in enumerate(logs))
     out, err = capfd.readouterr()
     assert "said by 0\n" in out and "told by 0\n" in err and "by 1" not in out + err, "rank 0's passes through"
+
+
+def test_a_rank_of_the_cluster_gives_the_bits_of_this_process(address: str, tmp_path: Path) -> None:
+    close_mesh()
+    place = write_data(tmp_path / "data")
+    (place / "problems.jsonl").write_text("".join(json.dumps({"question": f"{one}+1", "answer": "1"}) + "\n" for one in range(6)))
+    pretrain(pretrain_config(place, place / "seed", 1))
+    sizes = "rl.rollouts=1 rl.prompts_per_rollout=2 rl.group_size=4 rl.updates_per_rollout=2 rl.sampling.max_new_tokens=6 device.threads=1"
+    given = [f"init={place}/seed", f"data.problems={place}/problems.jsonl", *sizes.split(), "optim.lr=2e-3", "optim.warmup_steps=1"]
+    given += ["reward.weights={tests.launch.ray_cases.by_length:1}", "launch.processes=1"]
+    rl(compose("rl", [*given, f"out={tmp_path}/here"]))
+    there = [f"out={tmp_path}/there", "runtime=ray", f"runtime.address={address}"]
+    command = [sys.executable, "-m", "r1mega", "rl", *given, *there]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (stored(latest(tmp_path / name / "checkpoints")) for name in ("here", "there"))
+    assert ours.keys() == theirs.keys() and not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    (line,) = lines(tmp_path / "there")
+    assert line["grad_norm"] > 0 and line["reward_std"] > 0
+    assert (tmp_path / "there/logs/rank-0.log").is_file()
 
 
 @pytest.mark.slow

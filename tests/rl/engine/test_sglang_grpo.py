@@ -27,17 +27,6 @@ from tests.rl.home import Home
 from tests.train.cases import CPU, OPTIM, lines, pretrain_config, write_data
 
 
-@dataclass(frozen=True)
-class Early:
-    """The share of a response's characters that come before n in the alphabet: something that a few updates teach."""
-
-    value_range = (0.0, 1.0)
-
-    def build(self):
-        """The reward."""
-        return lambda problem, response: sum("a" <= char < "n" for char in response) / max(len(response), 1)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """Questions, and a checkpoint of the quickstart's model to start from."""
@@ -51,7 +40,6 @@ def place(tmp_path_factory) -> Path:
 
 def config(place: Path, home: Home, out: Path, push: str, rollouts: int, **sizes) -> RlConfig:
     """``rollouts`` of 32 responses with the quickstart's objective, and steps as large as so few of them need."""
-    name = f"{Early.__module__}.{Early.__qualname__}"
     return RlConfig(
         name=out.name,
         out=str(out),
@@ -67,7 +55,7 @@ def config(place: Path, home: Home, out: Path, push: str, rollouts: int, **sizes
             sampling=SamplingConfig(temperature=1.0, max_new_tokens=8),
             **sizes,
         ),
-        reward=RewardConfig(weights={name: 1.0}),
+        reward=RewardConfig(weights={"tests.rl.early.early": 1.0}),
         advantage=GroupAdvantage(),
         policy_loss=GrpoLoss(),
         engine=SglangEngine(url=home.engine.servers[0].url),
