@@ -1,4 +1,4 @@
-"""The quickstart's own graph with few steps, as two ranks, from text to the page; a second run does nothing; a change reruns its part."""
+"""The quickstart's own graph with few steps, without its repetitions, from text to the page; a second run does nothing; a change reruns its part."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def waits(rank_that_fails: int) -> tuple[str, float]:
     began = time.monotonic()
 
     def work() -> int:
-        if mesh.is_first:
+        if mesh.is_first and rank_that_fails < 0:
             time.sleep(3 * STALL_SECONDS)
         if mesh.rank == rank_that_fails:
             raise UserError("the server does not start")
@@ -126,5 +126,5 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert said["whole"] == "pushed" and said["again"] == "pushed"
         assert f"got wrong {EXPERT}:" in said["an expert is lost"], said
         assert waited[1][0] == "rank 1: the server does not start"
-        assert all(took >= 3 * STALL_SECONDS for _, took in waited)
+        assert waited[0][1] >= 3 * STALL_SECONDS
     assert [told[1][0][0] for told in (first, second)] == ["0", "1"] and first[0]["walked"] == "True"
