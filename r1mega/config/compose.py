@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +104,32 @@ def resolved(config: Any) -> Any:
         ) from error
 
 
+_stored: dict[tuple[str | None, str], type | None] = {}
+"""What Hydra's store holds under a group and a name: the dataclass as it is, None where entries were added to it."""
+
+
 def _store(request: Request) -> None:
-    """Put the command's schema and every choice that it may name into Hydra's store."""
-    store = ConfigStore.instance()
-    node = structured(request.cls)
-    for mapping, name in request.entries:
-        holder = OmegaConf.select(node, mapping)
-        if name not in holder:
-            holder[name] = structured(find(request.cls, mapping).entry)
-    store.store(name=f"{request.command}_schema", node=node)
+    """Put the command's schema and every choice that it may name into Hydra's store, which hands out copies."""
+    _put(None, f"{request.command}_schema", request.cls, request.entries)
     for kind in kinds(request.cls):
         for name, cls in {
             **registry.choices(kind),
             **({request.groups[kind]: request.chosen[kind]} if kind in request.chosen else {}),
         }.items():
-            store.store(group=kind, name=name, node=structured(cls))
+            _put(kind, name, cls)
+
+
+def _put(group: str | None, name: str, cls: type, entries: Sequence[tuple[str, str]] = ()) -> None:
+    """``entries``: (mapping's path, entry's name) of sections that arguments create."""
+    if _stored.get((group, name)) is cls and not entries:
+        return
+    node = structured(cls)
+    for mapping, entry in entries:
+        holder = OmegaConf.select(node, mapping)
+        if entry not in holder:
+            holder[entry] = structured(find(cls, mapping).entry)
+    ConfigStore.instance().store(group=group, name=name, node=node)
+    _stored[group, name] = None if entries else cls
 
 
 def structured(cls: type) -> DictConfig:

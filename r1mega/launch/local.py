@@ -83,7 +83,7 @@ def start_ranks(
         if came and failed and failed[0][1] == 128 + signal.SIGTERM:  # ranks that had nothing to save
             raise SystemExit(failed[0][1])
         if failed:
-            _show(failed, errors)
+            show_errors(failed, errors)
             raise LaunchError(failed[0][0], processes, failed[0][1])
 
 
@@ -184,7 +184,7 @@ def _wait(ranks: Sequence[subprocess.Popen], grace_seconds: float) -> list[tuple
         time.sleep(POLL_SECONDS)
 
 
-def _show(failed: Sequence[tuple[int, int]], errors: Sequence[BinaryIO | None]) -> None:
+def show_errors(failed: Sequence[tuple[int, int]], errors: Sequence[BinaryIO | None]) -> None:
     """The end of the stderr of every failed rank but 0, whose stderr has passed through."""
     for rank, status in failed:
         stream = errors[rank]

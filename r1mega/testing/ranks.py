@@ -1,5 +1,8 @@
 """Runs a function as N ranks on this machine: processes of their own, one thread each, joined through a free port.
 
+The first call starts a process that imports what ranks import (:mod:`r1mega.testing.nest`); ranks are forks of it where that is as
+good as a fresh process: on a machine without accelerator.
+
 In: an importable module-level function, a number of ranks, arguments that pickle. Out: what each rank returned, in rank order, or
 :class:`RankError` with the traceback of the rank that failed first; the others are ended. A deadline ends everything.
 """
@@ -14,11 +17,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from r1mega.compat import megatron_jit
-from r1mega.launch.local import LaunchError, start_ranks
+from r1mega.launch.local import LaunchError, free_port, rank_env, show_errors, start_ranks
+from r1mega.testing.nest import Nest
 
 CALL = "call.pickle"
 
@@ -34,7 +39,7 @@ class RankError(RuntimeError):
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
     """``function(*args)`` in ``world_size`` processes, whose environment is torchrun's; what each returned, in rank order.
 
-    Starting costs a few seconds a rank, so let one function try many cases. ``timeout_seconds``: of the whole; a rank that is
+    Starting costs some seconds, so let one function try many cases. ``timeout_seconds``: of the whole; a rank that is
     still at work then shows where it stands. Raises RankError, and ValueError for a function that a fresh process cannot import.
     """
     name = f"{function.__module__}:{function.__qualname__}"
@@ -43,14 +48,37 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     with tempfile.TemporaryDirectory(prefix="ranks-") as place:
         folder = Path(place)
         (folder / CALL).write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
-        env = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
-        try:
-            start_ranks(["-m", __name__, place, str(timeout_seconds)], world_size, env=env)
-        except LaunchError as error:
-            story = folder / f"{error.rank}.txt"
+        failed = _start(folder, [place, str(timeout_seconds)], world_size)
+        if failed:
+            rank, status = failed[0]
+            story = folder / f"{rank}.txt"
             told = story.read_text() if story.is_file() else ""
-            raise RankError(name, error.rank, world_size, told or f"exit status {error.status}") from None
+            raise RankError(name, rank, world_size, told or f"exit status {status}") from None
         return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(world_size)]
+
+
+_nest: Nest | None = None
+
+
+def _start(folder: Path, arguments: list[str], world_size: int) -> list[tuple[int, int]]:
+    """Run :func:`main` as ranks; (rank, status) of those that failed, the first to fail first."""
+    global _nest
+    env = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    if _nest is None or not _nest.is_alive:
+        _nest = Nest()
+    if not _nest.is_fit:
+        try:
+            start_ranks(["-m", __name__, *arguments], world_size, env=env)
+        except LaunchError as error:
+            return [(error.rank, error.status)]
+        return []
+    port = free_port()
+    environments = [{**os.environ, **env, **rank_env(rank, world_size, port), "OMP_NUM_THREADS": "1"} for rank in range(world_size)]
+    failed = _nest.run(folder, arguments, environments)
+    with ExitStack() as stack:
+        errors = [None, *(stack.enter_context((folder / f"{rank}.stderr").open("rb")) for rank in range(1, world_size))]
+        show_errors(failed, errors)
+    return failed
 
 
 def main(place: str, timeout_seconds: str) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from r1mega.testing import ranks
 from r1mega.testing.ranks import RankError, run_ranks
 
 
@@ -32,6 +34,18 @@ def test_results_come_in_rank_order_from_torchruns_environment() -> None:
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     assert one | shared == one and two | shared == two
     assert one["MASTER_PORT"] == two["MASTER_PORT"]
+
+
+@pytest.mark.parametrize("state", ["cannot fork", "killed"])
+def test_ranks_start_where_the_process_that_forks_them_is_no_use(monkeypatch, state: str) -> None:
+    run_ranks(describe, 1, 0)
+    if state == "killed":
+        ranks._nest.process.kill()
+        ranks._nest.process.wait()
+    else:
+        monkeypatch.setattr(ranks, "_nest", SimpleNamespace(is_alive=True, is_fit=False))
+    ((number, environment),) = run_ranks(describe, 1, 40)
+    assert number == 40 and environment["WORLD_SIZE"] == "1"
 
 
 def test_the_failing_ranks_traceback_is_raised_and_the_others_are_ended() -> None:
