@@ -1,5 +1,5 @@
 # make quickstart   the main job: from nothing to runs/quickstart/report.html
-# make test         the tests that take seconds each; make test-full: all of them; make lint: style and the test of the house
+# make test         the tests that take seconds each; make test-full: the others too; make lint: style and the test of the house
 # make sglang       .venv-sglang: an SGLang server for engine=sglang on a CPU, with packages of its own; the tests have one too
 #
 # All of them make .venv first when it is missing. Two variables choose what goes into it:
@@ -54,8 +54,8 @@ quickstart: .venv
 test: .venv sglang
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
-test-full: .venv sglang
-	$(BIN)/python -m pytest -q
+test-full: test
+	$(BIN)/python -m pytest -q -m "slow or gpu"
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ NUMBERS, LARGEST, DOCUMENTS = (int(value) for value in (sys.argv[2:] + ["3", "12
 TEST, SHOWN = 200, 4000
 GIVES_UP = {"text": 0.04, "sft": 0.15}
 """Chance that a search ends after a try that failed. What is shown gives up early; reinforcement finds out that it pays not to."""
+MOST = 30 if NUMBERS == 3 else 90
+"""Tries of a search that is shown, at most."""
 TARGETS = range(10, 100)
 draw = random.Random(1)
 
@@ -48,9 +50,8 @@ def written(order, operators):
 
 def search(numbers, target, gives_up):
     """(reasoning, answer): tries of chance, each once, until one is right or the search gives up; the last one is the answer."""
-    tries = draw.sample(known[numbers], len(known[numbers]))
     said = []
-    for order, operators in tries:
+    for order, operators in draw.sample(known[numbers], min(MOST, len(known[numbers]))):
         done = list(steps(order, operators))
         is_right = done[-1][-1] == target
         said.append(" ".join(f"{a}{operator}{b}={c}" for a, operator, b, c in done) + (" yes" if is_right else " no"))

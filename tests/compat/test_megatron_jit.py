@@ -15,7 +15,7 @@ APPLIED = (
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is something to compile for")
-@pytest.mark.parametrize("first, said", [(APPLIED, "False True"), ("", "True True")])
+@pytest.mark.parametrize("first, said", [(APPLIED, "False True"), pytest.param("", "True True", marks=pytest.mark.slow)])
 def test_who_imports_the_compiler(first: str, said: str) -> None:
     done = subprocess.run([sys.executable, "-c", SAYS.format(first)], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip().splitlines()[-1] == said, done.stderr

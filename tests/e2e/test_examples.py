@@ -77,6 +77,7 @@ def test_rl_your_jsonl_trains_on_the_files_problems_and_judges_the_held_out_ones
     assert {example["question"] for example in judged["examples"]} == set(parts["test"])
 
 
+@pytest.mark.slow
 def test_code_rewards_get_what_they_should() -> None:
     reason = why_not()
     if reason:
