@@ -165,6 +165,9 @@ def _check_problems(config: Any) -> None:
         from r1mega.data.problems import load_problems
 
         problems = load_problems(config.data.problems, limit=config.data.limit)
+        held_out = getattr(getattr(config, "rl", None), "valid", None)
+        if held_out is not None and held_out.every:
+            problems = problems + load_problems(held_out.problems, limit=held_out.limit)
         sources = {problem.source for problem in problems}
         for pattern in config.reward.by_source:
             if not any(fnmatchcase(source, pattern) for source in sources):

@@ -1,7 +1,7 @@
 """Writes countdown problems, and how a search for a solution reads: FOLDER/{text,sft,train,test}.jsonl.
 
-Usage: problems.py FOLDER [NUMBERS] [LARGEST] [DOCUMENTS]: how many numbers a problem has (3), the largest of them (12), how many
-searches are written as plain text to pretrain on (40,000).
+Usage: problems.py FOLDER [LARGEST] [DOCUMENTS]: the largest number of a problem (12), and how many searches are written as plain
+text to pretrain on (40,000).
 """
 
 import itertools
@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 folder = Path(sys.argv[1])
-NUMBERS, LARGEST, DOCUMENTS = (int(value) for value in (sys.argv[2:] + ["3", "12", "40000"][len(sys.argv) - 2 :]))
-TEST, SHOWN = 200, 4000
+LARGEST, DOCUMENTS = (int(value) for value in (sys.argv[2:] + ["12", "40000"][len(sys.argv) - 2 :]))
+NUMBERS, TEST, SHOWN = 3, 200, 4000
 GIVES_UP = {"text": 0.04, "sft": 0.15}
 """Chance that a search ends after a try that failed. What is shown gives up early; reinforcement finds out that it pays not to."""
-MOST = 30 if NUMBERS == 3 else 90
+MOST = 24
 """Tries of a search that is shown, at most."""
 TARGETS = range(10, 100)
 draw = random.Random(1)

@@ -10,19 +10,19 @@ r1mega=${R1MEGA:-r1mega}
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 case $size in
     cpu)
-        numbers=3 documents=40000 length=512
+        largest=12 documents=40000 length=512
         model=(model=tiny)
-        pretrain=(trainer.steps=${STEPS:-1200} trainer.global_batch_size=8 trainer.micro_batch_size=8 optim.lr=3e-3 optim.min_lr=2e-4)
-        sft=(trainer.steps=200 trainer.global_batch_size=8 trainer.micro_batch_size=8)
-        rl=(rl.rollouts=30 rl.prompts_per_rollout=16 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=32 optim.lr=1e-4 optim.min_lr=1e-4)
+        pretrain=(trainer.steps=900 trainer.global_batch_size=8 trainer.micro_batch_size=8 optim.lr=3e-3 optim.min_lr=2e-4)
+        sft=(trainer.steps=120 trainer.global_batch_size=8 trainer.micro_batch_size=8)
+        rl=(rl.rollouts=25 rl.prompts_per_rollout=16 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=32 optim.lr=1e-4 optim.min_lr=1e-4)
         common=()
         ;;
     h200)
-        numbers=4 documents=200000 length=2048
+        largest=20 documents=200000 length=768
         model=(model=small)
-        pretrain=(trainer.steps=${STEPS:-600} trainer.global_batch_size=64 trainer.micro_batch_size=16 optim.lr=6e-4 optim.min_lr=6e-5)
+        pretrain=(trainer.steps=600 trainer.global_batch_size=64 trainer.micro_batch_size=16 optim.lr=6e-4 optim.min_lr=6e-5)
         sft=(trainer.steps=60 trainer.global_batch_size=64 trainer.micro_batch_size=16)
-        rl=(rl.rollouts=60 rl.prompts_per_rollout=32 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=32 optim.lr=1e-5 optim.min_lr=1e-5 engine=sglang)
+        rl=(rl.rollouts=80 rl.prompts_per_rollout=32 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=32 optim.lr=1e-5 optim.min_lr=1e-5 engine=sglang)
         common=(device=cuda precision=bf16)
         ;;
     *) echo "run.sh: cpu or h200; got $size" >&2; exit 2 ;;
@@ -30,7 +30,7 @@ esac
 
 # Problems, 200 of them held out; searches as text and as conversations; a tokenizer.
 if [ ! -f "$out/data/sft.json" ]; then
-    python3 "$here/problems.py" "$out/problems" "$numbers" 12 "$documents"
+    python3 "$here/problems.py" "$out/problems" "$largest" "$documents"
     $r1mega prepare "out=$out/data" "text=[$out/problems/text.jsonl]" tokenizer.vocab_size=512 "sft_from=$out/problems/sft.jsonl"
 fi
 

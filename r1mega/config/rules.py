@@ -266,10 +266,14 @@ def _algorithm(config: RlConfig) -> Iterator[Violation]:
     if r.valid.every and r.valid.problems is None:
         hint = "or give rl.valid.problems=FILE"
         yield Violation("rl.valid.every", "0 without held-out problems", r.valid.every, (("rl.valid.every", (0,)),), hint)
-    if r.valid.every and any(r.valid.verifier not in own for own in (config.reward.weights, *config.reward.by_source.values())):
-        everywhere = names.intersection(config.reward.weights, *config.reward.by_source.values())
-        hint = f"{nearest(r.valid.verifier, everywhere)}a weight of 0 lets a reward count nothing"
-        yield Violation("rl.valid.verifier", "a reward that every source's problems have", r.valid.verifier, hint=hint)
+    if r.valid.problems is not None and not r.valid.every:
+        fixes = (("rl.valid.every", (10,)), ("rl.valid.problems", ("null",)))
+        yield Violation("rl.valid.every", "above 0 with held-out problems", 0, fixes)
+    weights = [own for own in (config.reward.weights, *config.reward.by_source.values()) if isinstance(own, dict)]
+    if r.valid.every and any(r.valid.verifier not in own for own in weights):
+        everywhere = sorted(names.intersection(*weights))
+        hint = f"{nearest(r.valid.verifier, everywhere)}use one of {', '.join(everywhere)}; weight 0 makes one count nothing"
+        yield Violation("rl.valid.verifier", "a reward of the problems of every source", r.valid.verifier, hint=hint)
     distill = getattr(config.policy_loss, "distill_coef", None)
     if distill and config.teacher is None:
         hint = "or give teacher=CHECKPOINT"

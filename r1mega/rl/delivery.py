@@ -11,15 +11,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from r1mega.config.errors import UserError
 from r1mega.rl.engine import Engine
 from r1mega.rl.learner import Learner
 from r1mega.rl.push import PushReport, PushRuntime
 from r1mega.rl.rollouts import Rollouts
 from r1mega.rl.together import patiently, together, told
-from r1mega.train.policy import Policy
+from r1mega.rl.walk import walked
 
 ATTEMPTS = 3
 """Times that a push is begun where servers die under it."""
@@ -66,7 +64,7 @@ class Delivery:
         """Inside, the engine has given its memory back, where it can and nothing runs ahead (``in_step``)."""
         is_sleeping = self.mesh.broadcast_object(in_step and self.mesh.is_first and self.engine.sleeps)
         if is_sleeping:
-            self._on_first(lambda: self.engine.sleep())
+            self._on_first(lambda: self.engine.sleep(), meets=patiently)
         yield
         if is_sleeping:
             self.mesh.device.release_unused()  # each rank's, before the servers on its device take theirs again
@@ -80,7 +78,10 @@ class Delivery:
         else:
             together(self.mesh, lambda: self.rollouts.call(self.engine.pause()))
         for attempt in range(ATTEMPTS):
-            urls = self.mesh.broadcast_object([server.url for server in getattr(self.engine, "servers", ())])
+            urls = self._urls()
+            if not urls and not self._is_local:  # all have died, asleep perhaps
+                self._on_first(lambda: self.engine.wait_for_all(), meets=patiently)
+                urls = self._urls()
             if urls and self.engine is not None:
                 self.engine.begin_push(urls)
             failure, is_lost = self._send(version)
@@ -93,63 +94,26 @@ class Delivery:
             self.engine.version = version
             self.rollouts.call(self.engine.resume())
 
+    def _urls(self) -> list[str]:
+        """Of the servers that answer, as the first rank knows them."""
+        return self.mesh.broadcast_object([server.url for server in getattr(self.engine, "servers", ())])
+
     def _on_first(self, work: Callable[[], Any], meets: Callable[..., Any] = together) -> None:
         """A coroutine of the first rank's engine; all wait for it."""
         meets(self.mesh, lambda: self.rollouts.call(work()) if self.mesh.is_first else None)
 
     def _send(self, version: int) -> tuple[str, bool]:
         """One attempt: what failed, and whether a server was lost with it."""
-        failure, is_lost, mesh = "", False, self.mesh
-        walk = Walk(self.policy)
-        # each rank's own engine takes them in its own process: there is one walk, of all of them
-        given = self.policy.published_tensors(everywhere=True) if self._is_local and mesh.world_size > 1 else walk
+        failure, is_lost = "", False
+        send = None if self.pusher is None else lambda tensors: self.pusher.send(tensors, version)
         try:
-            if self.pusher is not None:
-                self.report: PushReport | None = self.pusher.send(given, version)
+            report = walked(self.policy, send, everywhere=self._is_local)
+            self.report: PushReport | None = report or self.report
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks are told
-            if mesh.world_size == 1 and not isinstance(error, UserError):
+            if self.mesh.world_size == 1 and not isinstance(error, UserError):
                 raise
             failure, is_lost = told(error), _is_of_a_death(error)
-        if given is not walk:
-            for _ in given:  # of a rank without an engine, or whose push has failed
-                pass
-        elif mesh.is_first:
-            walk.close()
-        else:
-            walk.follow()
         return failure, is_lost
-
-
-class Walk:
-    """Every published tensor, as often as the sender walks it: a proof that fails looks once more for the tensor that is wrong.
-
-    The first rank iterates it and closes it; the others :meth:`follow`, and gather along in each walk.
-    """
-
-    def __init__(self, policy: Policy):
-        self._policy, self._mesh = policy, policy.mesh
-        self._under_way: Iterator[tuple[str, torch.Tensor]] = iter(())
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        self._end()
-        self._mesh.broadcast_object(True)
-        self._under_way = self._policy.published_tensors(everywhere=False)
-        return self._under_way
-
-    def _end(self) -> None:
-        for _ in self._under_way:  # the sender may have lost interest, the others are in the midst of it
-            pass
-
-    def close(self) -> None:
-        """No walk follows."""
-        self._end()
-        self._mesh.broadcast_object(False)
-
-    def follow(self) -> None:
-        """The other ranks' part, until the sender closes."""
-        while self._mesh.broadcast_object(None):
-            for _ in self._policy.published_tensors(everywhere=False):
-                pass
 
 
 def _is_of_a_death(error: BaseException | None) -> bool:

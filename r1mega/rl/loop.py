@@ -47,8 +47,9 @@ def turn(run: Run) -> None:
     run.push()
     run.count(taken, rows, time.perf_counter() - began, is_sound)
     asked = stop.asked(run.mesh)
+    valid = {} if asked else run.validate()
     run.save(asked)
-    run.log(taken, rows, told, results, {} if asked else run.validate())
+    run.log(taken, rows, told, results, valid)
     run.saver.settle()  # no earlier than the lines up to it, which a run that goes on from it keeps
     run.profile.step()
     if asked:

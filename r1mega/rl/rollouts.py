@@ -92,6 +92,7 @@ class Rollouts:
         self.busy, self.tokens, self._refused = Busy(), 0, 0
         self._pool: dict[int, asyncio.Task[list[Sample]]] = {}
         self._taking: asyncio.Task[Taken] | None = None
+        self._beside: set[asyncio.Task] = set()
         self._judging = Batcher(lambda asked: judge.records([problem for problem, _ in asked], [text for _, text in asked]))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
@@ -108,7 +109,9 @@ class Rollouts:
         """Let something run beside the rollouts; :meth:`look` at it."""
 
         async def start() -> asyncio.Task:
-            return asyncio.create_task(work)
+            self._beside.add(task := asyncio.create_task(work))
+            task.add_done_callback(self._beside.discard)
+            return task
 
         return self.call(start())
 
@@ -138,6 +141,8 @@ class Rollouts:
                 self.call(self._abandon())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=30)
+            if not self._thread.is_alive():
+                self._loop.close()  # who answers later is told that nobody waits
         self.player.close()
 
     async def judged(self, problem: Any, text: str) -> dict[str, RewardRecord]:
@@ -184,7 +189,7 @@ class Rollouts:
         return next(item for item, task in self._pool.items() if task.done())
 
     async def _abandon(self) -> None:
-        tasks, self._pool = list(self._pool.values()), {}
+        tasks, self._pool = [*self._pool.values(), *self._beside], {}
         if self._taking is not None:
             tasks, self._taking = [self._taking, *tasks], None
         for task in tasks:
@@ -229,7 +234,7 @@ class Rollouts:
 
     async def _episode(self, item: int, member: int) -> Sample:
         problem, began = self.stream.problem(item), time.time()
-        played = await self.player.play(problem, lambda turn: self._seed(item, member, turn))
+        played = await self.player.play(problem, lambda turn: seed_of(f"{self.plan.seed}:{item}:{member}:{turn}"))
         self.tokens += played.num_drawn
         return Sample(
             item=item,
@@ -245,9 +250,10 @@ class Rollouts:
             generated=time.time(),
         )
 
-    def _seed(self, item: int, member: int, turn: int) -> int:
-        text = f"{self.plan.seed}:{item}:{member}:{turn}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 2
+
+def seed_of(text: str) -> int:
+    """A draw's seed, 62 bits, by what it is for."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 2
 
 
 def result_of(task: asyncio.Task) -> Any:

@@ -221,10 +221,12 @@ class Run:
                 self.seconds[phase] = self.seconds.get(phase, 0.0) - (self.seconds["push"] - before)
 
     def validate(self) -> dict[str, float]:
-        """Numbers of the held-out problems, where it is their turn; see :func:`r1mega.rl.validation.valid_line`."""
-        every = self.sizes.valid.every
-        if not every or (self.done % every and self.done != self.sizes.rollouts):
+        """Numbers of the held-out problems (:func:`r1mega.rl.validation.valid_line`), where it is their turn and was not done."""
+        every, done = self.sizes.valid.every, self.done
+        is_due = every and (done % every == 0 or done == self.sizes.rollouts)
+        if not is_due or self.state.extra.get("validated") == done:
             return {}
+        self.state.extra["validated"] = done
         with self.timed("valid"):
             work = self.rollouts.begin(self._validation.answers()) if self.rollouts else None
             self._wait("valid", work)
@@ -232,10 +234,10 @@ class Run:
         return valid_line([answer for part in self.mesh.gather_everywhere(mine) for answer in part])
 
     def begin(self) -> None:
-        """Push the first weights; a run that has not trained yet says what they are worth."""
+        """Push the first weights; a run that begins, or was stopped before it could, says what they are worth."""
         self.push()
-        if not self.done and (line := self.validate()):
-            self.metrics.log({"update": 0, "rollout": 0, **line})
+        if line := self.validate():
+            self.metrics.log({"update": self.learner.update_count, "rollout": self.done, **line})
 
     def value(self, taken: Taken) -> tuple[list[RolloutRow], dict[str, list[float]]]:
         """Rows with their advantages, which a choice may normalise over all ranks' groups; and what the rewards said, by name."""

@@ -23,6 +23,7 @@ from r1mega.rl.environment import Environment, Single
 from r1mega.rl.push import AutoPush, PushRuntime
 from r1mega.rl.reward.runner import RewardRunner
 from r1mega.rl.together import patiently, together
+from r1mega.rl.walk import walked
 from r1mega.train.manifest import tokenizer_of, tuned_model
 from r1mega.train.policy import Policy
 
@@ -87,8 +88,11 @@ def serving(choice: Any, policy: Policy, tokenizer: Tokenizer, folder: Path) -> 
         config = policy.published_config(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         device = str(policy.mesh.device.torch_device)
         runtime = PushRuntime(engine, config, servers=lambda: engine.servers, device=device, folder=folder / "pushes")
-        sends = policy.mesh.is_first or not hasattr(engine, "servers")
-        together(policy.mesh, lambda: AutoPush().build(runtime).send(policy.published_tensors(), version=0) if sends else None)
+        push = AutoPush().build(runtime)
+        together(
+            policy.mesh,
+            lambda: walked(policy, lambda tensors: push.send(tensors, version=0), everywhere=not hasattr(engine, "servers")),
+        )
         engine.version = 0
         yield engine
         policy.mesh.barrier()  # servers serve all ranks to the last one's end

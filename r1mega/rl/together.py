@@ -9,7 +9,7 @@ from typing import Any
 
 from r1mega.config.errors import UserError
 
-AGREE_SECONDS = 2.0
+AGREE_SECONDS = 0.5
 """Between two looks of several ranks at each other while one of them waits."""
 
 
@@ -39,7 +39,7 @@ def patiently(mesh: Any, work: Callable[[], Any]) -> Any:
         try:
             found = work()
             box.append(lambda: found)
-        except Exception as error:  # noqa: BLE001 - raised below, in the thread that asked
+        except BaseException as error:  # noqa: BLE001 - raised below, in the thread that asked
             box.append(lambda error=error: _raise(error))
 
     thread = threading.Thread(target=run, name="patiently", daemon=True)
@@ -56,5 +56,5 @@ def told(error: BaseException) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def _raise(error: Exception) -> None:
+def _raise(error: BaseException) -> None:
     raise error

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import hashlib
 import statistics
 from dataclasses import dataclass, replace
 
 from r1mega.config.rl import ValidConfig
 from r1mega.data.problems import Problem
+from r1mega.rl.engine.contract import RoutingRefused
+from r1mega.rl.environment.play import Played
 from r1mega.rl.place import Place
-from r1mega.rl.rollouts import Rollouts
+from r1mega.rl.rollouts import ROUTING_ATTEMPTS, Rollouts, seed_of
 
 EPISODES = 1024
 """Episodes of one rank at once."""
@@ -52,14 +53,21 @@ class Validation:
         return found
 
     async def _answer(self, index: int, problem: Problem, sample: int) -> Answer:
-        played = await self._player.play(problem, lambda turn: self._seed_of(index, sample, turn))
+        with self._rollouts.busy:
+            played = await self._played(index, problem, sample)
+        self._rollouts.tokens += played.num_drawn
         records = await self._rollouts.judged(problem, played.said)
         is_correct = not played.failure and records[self._choice.verifier].value >= 1.0
         return Answer(index, is_correct, played.num_drawn, played.completion.finish_reason == "length")
 
-    def _seed_of(self, index: int, sample: int, turn: int) -> int:
-        text = f"{self._seed}:valid:{index}:{sample}:{turn}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 2
+    async def _played(self, index: int, problem: Problem, sample: int) -> Played:
+        """An episode; made again where the engine's record of experts, which nobody wants here, is not whole."""
+        for _ in range(ROUTING_ATTEMPTS):
+            try:
+                return await self._player.play(problem, lambda turn: seed_of(f"{self._seed}:valid:{index}:{sample}:{turn}"))
+            except RoutingRefused as error:
+                refused = error
+        raise refused
 
 
 def valid_line(answers: list[Answer]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """A process that has imported what every rank imports, and forks ranks that begin at once. For :mod:`r1mega.testing.ranks` alone.
 
-In, over a socket: a folder with a call, and each rank's environment. Out: which ranks failed, with what status. It forks only while
-it has a single thread and no accelerator, so that a fork is as good as a fresh process; else it says so, and is not used.
+In, over a socket: a folder with a call, and each rank's environment. Out: which ranks failed, with what status. It forks only
+with a single thread and without an accelerator; else it says so, and ends. Forks differ from fresh processes in two things: strings
+hash alike on all ranks, and variables that a module reads at its import are those of the first call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,11 @@ GRACE_SECONDS = 2.0
 class Nest:
     """The side that asks. ``is_fit``: it can fork; else ranks are started anew."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid())]
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=dict(environment))
         self.socket = ours
         self.is_fit = _line(ours) == "fit"
 
@@ -87,7 +89,10 @@ def main(number: int, parent: int) -> None:
 
     threads = len(os.listdir("/proc/self/task"))
     stream = socket.socket(fileno=number)
-    stream.sendall(b"fit\n" if threads == 1 and not torch.accelerator.is_available() else b"unfit\n")
+    if threads > 1 or torch.accelerator.is_available():
+        stream.sendall(b"unfit\n")
+        return
+    stream.sendall(b"fit\n")
     while True:
         head, streams, *_ = socket.recv_fds(stream, 32, 2)
         if not head:
@@ -104,10 +109,11 @@ def main(number: int, parent: int) -> None:
 def _ranks(job: dict[str, Any], streams: Sequence[int]) -> list[tuple[int, int]]:
     """Fork, wait, and end those that are left after a failure."""
     pids: dict[int, int] = {}
+    nest = os.getpid()
     for rank, environment in enumerate(job["environments"]):
         pid = os.fork()
         if pid == 0:
-            _become(rank, job, environment, streams)
+            _become(nest, rank, job, environment, streams)
         pids[pid] = rank
     failed: list[tuple[int, int]] = []
     deadline = None
@@ -129,11 +135,11 @@ def _ranks(job: dict[str, Any], streams: Sequence[int]) -> list[tuple[int, int]]
     return failed
 
 
-def _become(rank: int, job: dict[str, Any], environment: dict[str, str], streams: Sequence[int]) -> None:
+def _become(nest: int, rank: int, job: dict[str, Any], environment: dict[str, str], streams: Sequence[int]) -> None:
     """The rank: does not return."""
     status = 1
     try:
-        _die_with(os.getppid())
+        _die_with(nest)
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(job["cwd"])
@@ -149,6 +155,8 @@ def _become(rank: int, job: dict[str, Any], environment: dict[str, str], streams
         status = ranks.main(*job["arguments"])
         sys.stdout.flush()
         sys.stderr.flush()
+    except BaseException:  # before the call: it tells of its own failures
+        Path(job["folder"], f"{rank}.txt").write_text(traceback.format_exc())
     finally:
         os._exit(status)
 

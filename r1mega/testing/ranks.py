@@ -1,7 +1,7 @@
 """Runs a function as N ranks on this machine: processes of their own, one thread each, joined through a free port.
 
-The first call starts a process that imports what ranks import (:mod:`r1mega.testing.nest`); ranks are forks of it where that is as
-good as a fresh process: on a machine without accelerator.
+The first call starts a process that imports what ranks import (:mod:`r1mega.testing.nest`); on a machine without accelerator ranks
+are forks of it.
 
 In: an importable module-level function, a number of ranks, arguments that pickle. Out: what each rank returned, in rank order, or
 :class:`RankError` with the traceback of the rank that failed first; the others are ended. A deadline ends everything.
@@ -64,8 +64,8 @@ def _start(folder: Path, arguments: list[str], world_size: int) -> list[tuple[in
     """Run :func:`main` as ranks; (rank, status) of those that failed, the first to fail first."""
     global _nest
     env = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
-    if _nest is None or not _nest.is_alive:
-        _nest = Nest()
+    if _nest is None or (_nest.is_fit and not _nest.is_alive):
+        _nest = Nest({**os.environ, **env})
     if not _nest.is_fit:
         try:
             start_ranks(["-m", __name__, *arguments], world_size, env=env)
@@ -76,7 +76,7 @@ def _start(folder: Path, arguments: list[str], world_size: int) -> list[tuple[in
     environments = [{**os.environ, **env, **rank_env(rank, world_size, port), "OMP_NUM_THREADS": "1"} for rank in range(world_size)]
     failed = _nest.run(folder, arguments, environments)
     with ExitStack() as stack:
-        errors = [None, *(stack.enter_context((folder / f"{rank}.stderr").open("rb")) for rank in range(1, world_size))]
+        errors = [None, *(stack.enter_context((folder / f"{rank}.stderr").open("ab+")) for rank in range(1, world_size))]
         show_errors(failed, errors)
     return failed
 

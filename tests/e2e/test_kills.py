@@ -19,7 +19,7 @@ TRAINER = (
     "trainer.global_batch_size=8 trainer.micro_batch_size=4 trainer.log_every=1 trainer.save_every=2 "
     "optim.lr=1e-3 optim.min_lr=1e-4 optim.warmup_steps=2 launch.processes=2"
 )
-TIMED = ("seconds", "tokens_per_second", "mfu", "peak_")
+TIMED = ("seconds", "tokens_per_second", "mfu", "peak_", "idle_share", "push_gbps")
 
 
 @pytest.fixture(scope="module")

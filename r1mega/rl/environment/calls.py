@@ -8,7 +8,6 @@ does that: they wait for their threads at the end of the process.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -43,10 +42,13 @@ class Calls:
             if len(self._left) >= MOST_LEFT:
                 raise TimeoutError(f"not called: {MOST_LEFT} earlier calls hang")
             worker = self._free.pop() if self._free else _Worker()
+            answer = worker.ask(loop, function, arguments, late)
             try:
                 async with asyncio.timeout(seconds):
-                    value, error = await worker.ask(loop, function, arguments, late)
+                    value, error = await answer
             except BaseException as ended:  # the limit, or this task was cancelled
+                if answer.done() and not answer.cancelled():  # in the same moment
+                    _hand_on(late, answer.result())
                 worker.end()
                 self._left.append(worker)
                 raise TimeoutError(f"no answer in {seconds:g} s") if isinstance(ended, TimeoutError) else ended from None
@@ -88,13 +90,21 @@ class _Worker:
                 answer = (function(*arguments), None)
             except BaseException as error:  # noqa: BLE001 - whoever asked gets it
                 answer = (None, error)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
+            try:
                 loop.call_soon_threadsafe(_answer, future, answer, late)
+            except RuntimeError:  # the loop is closed: nobody waits
+                _hand_on(late, answer)
             del job, future, function, arguments, late, answer
 
 
 def _answer(future: asyncio.Future, answer: tuple[Any, BaseException | None], late: Callable[[Any], Any] | None) -> None:
     if not future.done():
         future.set_result(answer)
-    elif late is not None and answer[1] is None:
+    else:
+        _hand_on(late, answer)
+
+
+def _hand_on(late: Callable[[Any], Any] | None, answer: tuple[Any, BaseException | None]) -> None:
+    """What was returned too late."""
+    if late is not None and answer[1] is None:
         threading.Thread(target=late, args=answer[:1], name="environment-late", daemon=True).start()

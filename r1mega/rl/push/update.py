@@ -37,6 +37,10 @@ MEMORIES, AHEAD = 3, 2
 answered for the bucket after that too before the memory is written again."""
 
 
+SEARCH_SECONDS = 120.0
+"""For the tensor that is wrong in a stack, at most."""
+
+
 class Way(Protocol):
     """How buckets come to servers."""
 
@@ -343,12 +347,18 @@ class _Sending:
         return [name for name, made in given.items() if written.get(name) != made]
 
     def located(self, faults: list[Fault], sources: list[str], tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-        """Send what the wrong parameters are made of once more, an atom at a time, and see when they become right."""
+        """Send what the wrong parameters are made of once more, an atom at a time, and see when they become right.
+
+        Raises UserError where that takes longer than :data:`SEARCH_SECONDS`: other ranks of the trainer wait meanwhile.
+        """
+        until = time.monotonic() + SEARCH_SECONDS
         again = atoms(self.packed(tensors, None, only=_whole_atoms(sources, self.owner.table)))
         held: dict[str, list[Pair]] = {}
 
         def keys() -> Iterator[tuple[str, set[str]]]:
             for pairs in again:
+                if time.monotonic() > until:
+                    raise UserError(f"a search of {SEARCH_SECONDS:g} s was too short")
                 key = atom_of(pairs[0][0])
                 held.clear()
                 held[key] = pairs

@@ -358,8 +358,8 @@ async def test_sleep_and_wake_by_tags():
         await served.sleep()
         fake.drop = 20  # it dies asleep
         await served.wake()
+        assert not served.seats[0].alive and served.seats[0].asleep == []
         fake.drop, fake.fail["/release_memory_occupation"] = 0, (400, {"message": "no"})
-        served.seats[0].asleep = []
         with pytest.raises(EngineError, match="release_memory_occupation"):
             await served.sleep()
 

@@ -290,6 +290,14 @@ def test_an_answer_that_nobody_waits_for_is_handed_on() -> None:
         assert await asyncio.to_thread(given.get, True, 10) == "episode"
         assert given.empty(), "who is waited for is not late"
 
+    async def leave() -> None:
+        with pytest.raises(TimeoutError):
+            await calls(0.1, begin, late=given.put)
+
     calls = Calls(2)
     asyncio.run(everyone())
+    release.clear()
+    asyncio.run(leave())
+    release.set()
+    assert given.get(timeout=10) == "episode", "after the end of the loop too"
     calls.close()

@@ -37,8 +37,8 @@ RETRIED = (0, 429, 500, 502, 503, 504)
 """HTTP statuses after which a request is sent again; 0: no answer."""
 LOOK_SECONDS = 0.1
 REVIVE_SECONDS = 2.0
-ABORT_SECONDS = 0.1
-"""Between two calls that abort: a request that was on its way to the scheduler is met by the next one."""
+NOTICE_SECONDS = 10.0  # within which whoever keeps a server has noticed that it is dead
+ABORT_SECONDS = 0.1  # between two calls that abort: a request that was on its way to the scheduler is met by the next one
 REMEMBERED_PROMPTS = 4096
 SLACK = 8
 """A prompt's server may have so many requests more than the least loaded one."""
@@ -320,8 +320,8 @@ class ServedEngine:
     async def sleep(self, tags: tuple[str, ...] = sglang_server.TAGS) -> None:
         """Give device memory back by tags; nothing where ``engine.memory_saver`` is off. Paused first.
 
-        A server that dies asleep is started again when the others wake: the memory is the trainer's meanwhile.
-        Weights that are given back are lost, and the servers stale, unless they keep a copy (``enable_weights_cpu_backup``).
+        Weights that are given back are lost, and the servers stale, unless they keep a copy (``enable_weights_cpu_backup``). A
+        server of ours that dies asleep starts again when the others wake; with runtime=ray, at once.
         """
         if not self.choice.memory_saver:
             return
@@ -335,9 +335,10 @@ class ServedEngine:
             if sglang_server.WEIGHTS in freed and not seat.server.features.weights_backup:
                 seat.version = -1
 
+        await self.wait_for_all()  # one that starts would take the memory that the others give back
         if self.fleet:
             self.fleet.is_held = True
-        await asyncio.gather(*(_unless_lost(one(seat)) for seat in self.seats if seat.alive))
+        await asyncio.gather(*(self._unless_lost(seat, one(seat)) for seat in self.seats if seat.alive))
 
     async def wake(self, tags: tuple[str, ...] = sglang_server.TAGS) -> None:
         """Take memory back; for a push: the weights' tag first, the others after it. A server serves when it has all."""
@@ -350,12 +351,25 @@ class ServedEngine:
 
         if self.fleet:
             self.fleet.is_held = False
-        await asyncio.gather(*(_unless_lost(one(seat)) for seat in self.seats if seat.alive))
+        await asyncio.gather(*(self._unless_lost(seat, one(seat)) for seat in self.seats if seat.alive))
         self._tell_waiting()
 
     async def wake_weights(self) -> None:
         """Take the weights' memory back, for a push."""
         await self.wake((sglang_server.WEIGHTS,))
+
+    async def _unless_lost(self, seat: Seat, call: Awaitable[None]) -> None:
+        """A server that has died needs no answer. Raises what ``call`` raises for one that is there and does not do it."""
+        try:
+            await call
+        except EngineError as error:
+            until = asyncio.get_running_loop().time() + NOTICE_SECONDS
+            while error.is_lost and seat.alive and asyncio.get_running_loop().time() < until:
+                if not self.fleet:
+                    await self._look_at(seat)
+                await asyncio.sleep(LOOK_SECONDS)
+            if seat.alive:
+                raise
 
     def close(self) -> None:
         """End our servers; leave others' as they are."""
@@ -421,15 +435,6 @@ class ServedEngine:
             self._gate, self._probing, self._change = asyncio.Semaphore(self.choice.concurrency), asyncio.Lock(), asyncio.Event()
             self._loop = loop
             self._revivals: set[asyncio.Future] = set()
-
-
-async def _unless_lost(call: Awaitable[None]) -> None:
-    """A server that has died meanwhile needs no answer: whoever keeps it notices."""
-    try:
-        await call
-    except EngineError as error:
-        if not error.is_lost:
-            raise
 
 
 def _identity(info: dict[str, Any]) -> tuple[Any, ...]:
