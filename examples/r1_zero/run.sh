@@ -12,8 +12,8 @@ case $size in
     cpu)
         largest=12 documents=40000 length=512
         model=(model=tiny)
-        pretrain=(trainer.steps=900 trainer.global_batch_size=8 trainer.micro_batch_size=8 optim.lr=3e-3 optim.min_lr=2e-4)
-        sft=(trainer.steps=120 trainer.global_batch_size=8 trainer.micro_batch_size=8)
+        pretrain=(trainer.steps=2400 trainer.global_batch_size=8 trainer.micro_batch_size=8 optim.lr=3e-3 optim.min_lr=2e-4)
+        sft=(trainer.steps=200 trainer.global_batch_size=8 trainer.micro_batch_size=8)
         rl=(rl.rollouts=25 rl.prompts_per_rollout=16 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=32 optim.lr=1e-4 optim.min_lr=1e-4)
         common=()
         ;;
@@ -45,7 +45,7 @@ $r1mega sft "out=$out/sft" "init=$out/pretrain" "${common[@]}" "data.train={$out
 
 # 3. Find out: GRPO, with the held-out problems every five rollouts.
 $r1mega rl "out=$out/rl" "init=$out/sft" "${common[@]}" "data.problems=$out/problems/train.jsonl" "rl.valid.problems=$out/problems/test.jsonl" \
-    "reward.weights={countdown.Countdown: 1, format: 0}" rl.valid.verifier=countdown.Countdown rl.valid.every=5 rl.valid.temperature=1 \
-    "rl.sampling.max_new_tokens=$length" policy_loss.kl_coef=0 optim.warmup_steps=4 "${rl[@]}" "${@:3}"
+    "reward.weights={countdown.Countdown: 1, format: 0}" ~reward.weights.accuracy rl.valid.verifier=countdown.Countdown rl.valid.every=5 rl.valid.temperature=1 \
+    "rl.sampling.max_new_tokens=$length" policy_loss.kl_coef=0 optim.warmup_steps=4 rl.save_every=10 "${rl[@]}" "${@:3}"
 
 $r1mega report "run=$out/rl"
