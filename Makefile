@@ -52,7 +52,7 @@ quickstart: .venv
 	$(BIN)/r1mega recipe recipe=quickstart name=$(NAME) launch.processes=$(if $(device),1,$(PROCESSES)) $(CHOICES)
 
 test: .venv sglang
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-full: test
 	$(BIN)/python -m pytest -q -m "slow or gpu"
