@@ -45,7 +45,7 @@ $r1mega sft "out=$out/sft" "init=$out/pretrain" "${common[@]}" "data.train={$out
 
 # 3. Find out: GRPO, with the held-out problems every five rollouts.
 $r1mega rl "out=$out/rl" "init=$out/sft" "${common[@]}" "data.problems=$out/problems/train.jsonl" "rl.valid.problems=$out/problems/test.jsonl" \
-    "reward.weights={countdown.Countdown: 1, format: 0}" ~reward.weights.accuracy rl.valid.verifier=countdown.Countdown rl.valid.every=5 rl.valid.temperature=1 \
+    "reward.weights={countdown.Countdown: 1, format: 0}" "~reward.weights.accuracy" rl.valid.verifier=countdown.Countdown rl.valid.every=5 rl.valid.temperature=1 \
     "rl.sampling.max_new_tokens=$length" policy_loss.kl_coef=0 optim.warmup_steps=4 rl.save_every=10 "${rl[@]}" "${@:3}"
 
 $r1mega report "run=$out/rl"
