@@ -148,6 +148,8 @@ try:
     t.run(Path(sys.argv[1]), sys.argv[2], t.WAITING)
 except LaunchError as error:
     sys.exit(error.status)
+except KeyboardInterrupt:
+    sys.exit(130)
 """
 WAITING = """
 def end(*_):
@@ -173,7 +175,7 @@ def test_nothing_outlives_the_driver(address: str, tmp_path: Path, number: signa
         process.send_signal(number)
         status = process.wait(60)
         wait_until(lambda: not any(map(is_there, started)))
-        assert status == {signal.SIGTERM: 75, signal.SIGINT: -signal.SIGINT, signal.SIGKILL: -signal.SIGKILL}[number]
+        assert status == {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[number]
         if number == signal.SIGTERM:
             assert all((tmp_path / f"asked{rank}").exists() for rank in range(2))
     finally:

@@ -26,6 +26,9 @@ from r1mega.train.pretrain import pretrain
 from tests.rl.home import Home
 from tests.train.cases import CPU, OPTIM, lines, pretrain_config, write_data
 
+ROLLOUTS = 7
+"""Enough for any seed: from a share of 0.5 to 0.6 to more than 0.98 in twelve of twelve runs of the local engine."""
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
@@ -55,7 +58,7 @@ def config(place: Path, home: Home, out: Path, push: str, rollouts: int, **sizes
             sampling=SamplingConfig(temperature=1.0, max_new_tokens=8),
             **sizes,
         ),
-        reward=RewardConfig(weights={"tests.rl.early.early": 1.0}),
+        reward=RewardConfig(weights={"tests.rl.ascii.ascii_share": 1.0}),
         advantage=GroupAdvantage(),
         policy_loss=GrpoLoss(),
         engine=SglangEngine(url=home.engine.servers[0].url),
@@ -67,10 +70,10 @@ def config(place: Path, home: Home, out: Path, push: str, rollouts: int, **sizes
 
 @pytest.mark.parametrize("push", ["tensor", "distributed", "disk"])
 def test_the_reward_rises(place: Path, home: Home, tmp_path: Path, push: str) -> None:
-    settings = config(place, home, tmp_path / push, push, rollouts=5)
+    settings = config(place, home, tmp_path / push, push, rollouts=ROLLOUTS)
     result = rl(settings)
     told = lines(tmp_path / push)
-    assert result["rollouts"] == 5 and [line["rollout"] for line in told] == list(range(1, 6))
+    assert result["rollouts"] == ROLLOUTS and [line["rollout"] for line in told] == list(range(1, ROLLOUTS + 1))
     assert all(line["rollout_diff_max"] < 1e-3 for line in told), "the trainer's rescoring agrees with the server's"
     assert all(line["push_proof"] == "checksum" and line["staleness_max"] == 0 for line in told)
     rewards = [line["reward"] for line in told]
@@ -78,7 +81,7 @@ def test_the_reward_rises(place: Path, home: Home, tmp_path: Path, push: str) ->
     history = History(tmp_path / push / "ledger")
     assert history.audit() == []
     assert {frame.values["finish_reason"] for frame in history.samples().values()} <= {"stop", "length"}
-    assert home.engine.servers[0].get("/model_info")["weight_version"] == "20", "four updates a rollout, the last one pushed"
+    assert home.engine.servers[0].get("/model_info")["weight_version"] == str(4 * ROLLOUTS), "four updates a rollout"
 
 
 @pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.slow)])
