@@ -27,7 +27,7 @@ from tests.rl.home import Home
 from tests.train.cases import CPU, OPTIM, lines, pretrain_config, write_data
 
 ROLLOUTS = 7
-"""Enough for any seed: from a share of 0.5 to 0.6 to more than 0.98 in twelve of twelve runs of the local engine."""
+"""Enough for any seed: from a share of 0.5 to 0.6 to more than 0.98 in six of six runs of the local engine."""
 
 
 @pytest.fixture(scope="module")
