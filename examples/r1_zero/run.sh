@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # R1-Zero in miniature: search for countdown solutions, read from plain text, shown 4,000 times, then reinforced.
-# Usage: run.sh [OUTPUT FOLDER] [cpu | h200]
+# Usage: run.sh [OUTPUT FOLDER] [cpu | h200] [OVERRIDES OF THE RL COMMAND]
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)

@@ -5,4 +5,4 @@ from __future__ import annotations
 
 def ascii_share(problem, response: str) -> float:
     """The share of a response's characters that are ASCII: a half by chance, and something that a few updates teach."""
-    return sum(char < "\x7f" for char in response) / max(len(response), 1)
+    return sum(char.isascii() for char in response) / max(len(response), 1)
