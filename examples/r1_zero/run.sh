@@ -13,16 +13,16 @@ case $size in
         largest=12 documents=40000 length=512
         model=(model=tiny)
         pretrain=(trainer.steps=2400 trainer.global_batch_size=8 trainer.micro_batch_size=8 optim.lr=3e-3 optim.min_lr=2e-4)
-        sft=(trainer.steps=200 trainer.global_batch_size=8 trainer.micro_batch_size=8)
-        rl=(rl.rollouts=25 rl.prompts_per_rollout=16 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=32 optim.lr=1e-4 optim.min_lr=1e-4)
+        sft=(trainer.steps=200 trainer.global_batch_size=8 trainer.micro_batch_size=8 optim.lr=5e-4 optim.min_lr=5e-5)
+        rl=(rl.rollouts=25 rl.prompts_per_rollout=16 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=32 optim.lr=1e-4 optim.min_lr=1e-4 rl.save_every=10)
         common=()
         ;;
     h200)
-        largest=20 documents=200000 length=768
-        model=(model=small)
-        pretrain=(trainer.steps=600 trainer.global_batch_size=64 trainer.micro_batch_size=16 optim.lr=6e-4 optim.min_lr=6e-5)
-        sft=(trainer.steps=60 trainer.global_batch_size=64 trainer.micro_batch_size=16)
-        rl=(rl.rollouts=80 rl.prompts_per_rollout=32 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=32 optim.lr=1e-5 optim.min_lr=1e-5 engine=sglang)
+        largest=12 documents=100000 length=768
+        model=(model=small model.num_layers=6 model.vocab_size=512)
+        pretrain=(trainer.steps=1400 trainer.global_batch_size=48 trainer.micro_batch_size=48 optim.lr=6e-4 optim.min_lr=6e-5 trainer.async_save=false)
+        sft=(trainer.steps=80 trainer.global_batch_size=48 trainer.micro_batch_size=48 optim.lr=2e-4 optim.min_lr=2e-5 trainer.async_save=false)
+        rl=(rl.rollouts=60 rl.prompts_per_rollout=32 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=64 optim.lr=1e-5 optim.min_lr=1e-5 rl.save_every=40 rl.async_save=false engine=sglang)
         common=(device=cuda precision=bf16)
         ;;
     *) echo "run.sh: cpu or h200; got $size" >&2; exit 2 ;;
@@ -41,11 +41,11 @@ $r1mega pretrain "out=$out/pretrain" "${model[@]}" "${common[@]}" "tokenizer=$ou
 
 # 2. Be shown: conversations in R1's format, whose searches give up early.
 $r1mega sft "out=$out/sft" "init=$out/pretrain" "${common[@]}" "data.train={$out/data/sft: 1}" "data.sequence_length=$length" \
-    optim.lr=5e-4 optim.min_lr=5e-5 optim.warmup_steps=10 "${sft[@]}"
+    optim.warmup_steps=10 "${sft[@]}"
 
 # 3. Find out: GRPO, with the held-out problems every five rollouts.
 $r1mega rl "out=$out/rl" "init=$out/sft" "${common[@]}" "data.problems=$out/problems/train.jsonl" "rl.valid.problems=$out/problems/test.jsonl" \
     "reward.weights={countdown.Countdown: 1, format: 0}" "~reward.weights.accuracy" rl.valid.verifier=countdown.Countdown rl.valid.every=5 rl.valid.temperature=1 \
-    "rl.sampling.max_new_tokens=$length" policy_loss.kl_coef=0 optim.warmup_steps=4 rl.save_every=10 "${rl[@]}" "${@:3}"
+    "rl.sampling.max_new_tokens=$length" policy_loss.kl_coef=0 optim.warmup_steps=4 "${rl[@]}" "${@:3}"
 
 $r1mega report "run=$out/rl"
