@@ -1,7 +1,6 @@
 """Writes countdown problems, and how a search for a solution reads: FOLDER/{text,sft,train,test}.jsonl.
 
-Usage: problems.py FOLDER [LARGEST] [DOCUMENTS]: the largest number of a problem (12), and how many searches are written as plain
-text to pretrain on (40,000).
+Usage: problems.py FOLDER [DOCUMENTS]: how many searches are written as plain text to pretrain on (40,000).
 """
 
 import itertools
@@ -11,23 +10,21 @@ import sys
 from pathlib import Path
 
 folder = Path(sys.argv[1])
-LARGEST, DOCUMENTS = (int(value) for value in (sys.argv[2:] + ["12", "40000"][len(sys.argv) - 2 :]))
-NUMBERS, TEST, SHOWN = 3, 200, 4000
+DOCUMENTS = int(sys.argv[2]) if len(sys.argv) > 2 else 40000
+LARGEST, NUMBERS, TEST, SHOWN = 12, 3, 200, 4000
 GIVES_UP = {"text": 0.04, "sft": 0.15}
 """Chance that a search ends after a try that failed. What is shown gives up early; reinforcement finds out that it pays not to."""
-MOST = 24
-"""Tries of a search that is shown, at most."""
 TARGETS = range(10, 100)
 draw = random.Random(1)
 
 
 def chains(numbers):
-    """Every way to work through ``numbers`` from left to right without going below zero: [(order, operators)]."""
+    """Ways to work through ``numbers`` from left to right without going below zero: [(order, operators)]. Of 5+8 and 8+5 one."""
     return [
         (order, operators)
         for order in set(itertools.permutations(numbers))
         for operators in itertools.product("+-*", repeat=len(order) - 1)
-        if all(value >= 0 for *_, value in steps(order, operators))
+        if (operators[0] == "-" or order[0] >= order[1]) and all(value >= 0 for *_, value in steps(order, operators))
     ]
 
 
@@ -51,10 +48,10 @@ def written(order, operators):
 def search(numbers, target, gives_up):
     """(reasoning, answer): tries of chance, each once, until one is right or the search gives up; the last one is the answer."""
     said = []
-    for order, operators in draw.sample(known[numbers], min(MOST, len(known[numbers]))):
+    for order, operators in draw.sample(known[numbers], len(known[numbers])):
         done = list(steps(order, operators))
         is_right = done[-1][-1] == target
-        said.append(" ".join(f"{a}{operator}{b}={c}" for a, operator, b, c in done) + (" yes" if is_right else " no"))
+        said.append(" ".join(f"{a}{operator}{b}={c}" for a, operator, b, c in done) + f" {target}? {'yes' if is_right else 'no'}")
         if is_right or draw.random() < gives_up:
             break
     return "\n".join(said), written(order, operators)

@@ -7,21 +7,22 @@ here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-runs/r1_zero}
 size=${2:-cpu}
 r1mega=${R1MEGA:-r1mega}
+length=640 # tokens of the longest search there is
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 case $size in
     cpu)
-        largest=12 documents=40000 length=512
+        documents=40000
         model=(model=tiny)
-        pretrain=(trainer.steps=2400 trainer.global_batch_size=8 trainer.micro_batch_size=8 optim.lr=3e-3 optim.min_lr=2e-4)
-        sft=(trainer.steps=200 trainer.global_batch_size=8 trainer.micro_batch_size=8 optim.lr=5e-4 optim.min_lr=5e-5)
+        pretrain=(trainer.steps=1600 trainer.global_batch_size=6 trainer.micro_batch_size=6 optim.lr=3e-3 optim.min_lr=2e-4)
+        sft=(trainer.steps=150 trainer.global_batch_size=6 trainer.micro_batch_size=6 optim.lr=5e-4 optim.min_lr=5e-5)
         rl=(rl.rollouts=25 rl.prompts_per_rollout=16 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=32 optim.lr=1e-4 optim.min_lr=1e-4 rl.save_every=10)
         common=()
         ;;
     h200)
-        largest=12 documents=100000 length=768
+        documents=100000
         model=(model=small model.num_layers=6 model.vocab_size=512)
-        pretrain=(trainer.steps=1400 trainer.global_batch_size=48 trainer.micro_batch_size=48 optim.lr=6e-4 optim.min_lr=6e-5 trainer.async_save=false)
-        sft=(trainer.steps=80 trainer.global_batch_size=48 trainer.micro_batch_size=48 optim.lr=2e-4 optim.min_lr=2e-5 trainer.async_save=false)
+        pretrain=(trainer.steps=1400 trainer.global_batch_size=64 trainer.micro_batch_size=64 optim.lr=6e-4 optim.min_lr=6e-5 trainer.async_save=false)
+        sft=(trainer.steps=80 trainer.global_batch_size=64 trainer.micro_batch_size=64 optim.lr=2e-4 optim.min_lr=2e-5 trainer.async_save=false)
         rl=(rl.rollouts=60 rl.prompts_per_rollout=32 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=64 optim.lr=1e-5 optim.min_lr=1e-5 rl.save_every=40 rl.async_save=false engine=sglang)
         common=(device=cuda precision=bf16)
         ;;
@@ -30,7 +31,7 @@ esac
 
 # Problems, 200 of them held out; searches as text and as conversations; a tokenizer.
 if [ ! -f "$out/data/sft.json" ]; then
-    python3 "$here/problems.py" "$out/problems" "$largest" "$documents"
+    python3 "$here/problems.py" "$out/problems" "$documents"
     $r1mega prepare "out=$out/data" "text=[$out/problems/text.jsonl]" tokenizer.vocab_size=512 "sft_from=$out/problems/sft.jsonl"
 fi
 

@@ -76,18 +76,23 @@ def test_every_stage_then_nothing_then_what_changed(configs: Path, tmp_path: Pat
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "") and "grpo_1" in page
     assert (out / "export" / "config.json").is_file() and (out / "export" / "model.safetensors").is_file()
 
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.distcp")}
+    before = written(out)
     said = run(configs, out)
     assert said.count("kept") >= len(rows) - 1
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.distcp")} == before
+    assert written(out) == before
 
     mini = configs / "recipe" / "mini.yaml"
     text = mini.read_text()
     changed = yaml.safe_load(text)
-    changed["stages"]["grpo_2"]["overrides"].append("policy_loss.kl_coef=0")
+    changed["stages"]["eval_grpo_2"]["overrides"].append("seed=2")
     mini.write_text(yaml.safe_dump(changed, sort_keys=False))
     run(configs, out)
     mini.write_text(text)
-    after = {path: path.stat().st_mtime_ns for path in out.rglob("*.distcp") if "replaced" not in path.parts}
-    for path, time in after.items():
-        assert (before.get(path) == time) == ("grpo_2" not in path.parts), path
+    after = written(out)
+    assert {path for path in before if after[path] != before[path]} == {out / "eval_grpo_2" / "eval.json"}
+
+
+def written(out: Path) -> dict[Path, int]:
+    """When each checkpoint's and verdict's file was written."""
+    files = (path for pattern in ("*.distcp", "eval.json") for path in out.rglob(pattern) if "replaced" not in path.parts)
+    return {path: path.stat().st_mtime_ns for path in files}

@@ -211,6 +211,7 @@ def test_a_rank_starts_no_sweep(text, monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == "-m: a sweep starts its own processes; got RANK=0; use launch.processes, not torchrun\n"
 
 
+@pytest.mark.slow
 def test_real_jobs_run_the_command_and_save_their_configs(text, tmp_path, capfd) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": "good"}\nnot json\n')
     assert main(["prepare", "-m", *text[1:], "text=[text.txt],[broken.jsonl]", "seed=7"]) == 1

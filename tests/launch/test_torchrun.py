@@ -48,6 +48,7 @@ def test_a_failed_rank_and_its_status(tmp_path: Path) -> None:
     assert (caught.value.rank, caught.value.status) == (1, 7)
 
 
+@pytest.mark.slow
 def test_failed_ranks_start_again(tmp_path: Path) -> None:
     body = (
         "again = (folder / 'tried').exists()\n(folder / 'tried').touch()\nos.environ['RANK'] == '0' and not again and sys.exit(3)"
@@ -88,6 +89,7 @@ def fault(*overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_rendezvous_port_in_use() -> None:
     with socket.socket() as other:
         other.bind(("", 0))
@@ -116,7 +118,8 @@ def test_a_wrong_host_rank() -> None:
     )
 
 
-@pytest.mark.parametrize("rank", ["null", pytest.param("0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["null", "0"])
 def test_too_few_hosts(rank: str) -> None:
     told = fault(
         "launch.hosts=2",
