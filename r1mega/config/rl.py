@@ -266,6 +266,7 @@ class EvalConfig(ComputeConfig):
         {}, "verifiers for the problems of some sources, by shell-style pattern; the first that matches decides", "pattern: name"
     )
     engine: Any = knob(None, "registered choice: who generates", "choice")
+    push: Any = knob(None, "registered choice: how the weights come to the engine; None in Python: auto", "choice")
     environment: Any = knob(None, "registered choice: what answers the policy's turns; None in Python: single", "choice")
     step_seconds: float = knob(60.0, "longest call of an environment, unless it asks for more", "seconds", **above(0))
     keep: str | None = knob(None, "file for the correct responses as SFT problems (rejection sampling); null: none", "path")
@@ -293,6 +294,7 @@ class ChatConfig(ComputeConfig):
     checkpoint: str = knob(REQUIRED, "checkpoint to talk to", "path")
     sampling: SamplingConfig = knob(SamplingConfig, "how responses are drawn", "section")
     engine: Any = knob(None, "registered choice: who generates", "choice")
+    push: Any = knob(None, "registered choice: how the weights come to the engine; None in Python: auto", "choice")
     environment: Any = knob(None, "registered choice: what answers the policy's turns; None in Python: single", "choice")
     prompt: str | None = knob(None, "one question, answered and done; null: questions from the terminal", "text")
 
@@ -301,6 +303,8 @@ class ChatConfig(ComputeConfig):
 
 
 def _fill(config: EvalConfig | ChatConfig) -> None:
-    """One response is the episode where a config made in Python chooses nothing."""
+    """One response is the episode, and the engine's own push serves, where a config made in Python chooses nothing."""
     if config.environment is None:
         config.environment = registry.lookup("environment", "single")()
+    if config.push is None:
+        config.push = registry.lookup("push", "auto")()

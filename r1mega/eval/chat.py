@@ -31,7 +31,7 @@ def chat(config: ChatConfig) -> dict[str, Any]:
     text = ""
     context = policy.model_config.max_position_embeddings
     with (
-        serving(config.engine, policy, tokenizer, Path(config.out)) as engine,
+        serving(config.engine, config.push, policy, tokenizer, Path(config.out)) as engine,
         Player(environment, engine, tokenizer, config.sampling, context, name=name) as player,
     ):
         for number, question in enumerate(_questions(config.prompt)):

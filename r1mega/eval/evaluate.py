@@ -55,7 +55,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     weights, by_source = verifiers(config)
     results: list[dict[str, Any]] = []
     with (
-        serving(config.engine, policy, tokenizer, Path(config.out)) as engine,
+        serving(config.engine, config.push, policy, tokenizer, Path(config.out)) as engine,
         Player(environment, engine, tokenizer, config.sampling, context, config.step_seconds, name) as player,
         open_rewards(config.reward, weights, by_source) as rewards,
         tqdm(total=len(numbered), unit="problem", desc=Path(config.out).name, disable=not mesh.is_first, mininterval=1.0) as bar,

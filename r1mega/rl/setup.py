@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from r1mega.mesh import Mesh, open_mesh
 from r1mega.registry import lookup, name_of
 from r1mega.rl.engine import Engine, EngineRuntime
 from r1mega.rl.environment import Environment, Single
-from r1mega.rl.push import AutoPush, PushRuntime
+from r1mega.rl.push import PushRuntime
 from r1mega.rl.reward.runner import RewardRunner
 from r1mega.rl.together import patiently, together
 from r1mega.rl.walk import walked
@@ -81,23 +82,28 @@ def open_engine(choice: Any, policy: Policy, tokenizer: Tokenizer, folder: Path,
 
 
 @contextmanager
-def serving(choice: Any, policy: Policy, tokenizer: Tokenizer, folder: Path) -> Iterator[Engine]:
-    """An engine that serves the policy's weights, for commands that do not train. Called by all ranks."""
-    engine = open_engine(choice, policy, tokenizer, folder)
-    try:
+def serving(choice: Any, push: Any, policy: Policy, tokenizer: Tokenizer, folder: Path) -> Iterator[Engine]:
+    """An engine that serves the policy's weights, for commands that do not train; ``push``: the choice of how it gets them.
+
+    Called by all ranks.
+    """
+    mesh = policy.mesh
+    with ExitStack() as stack:
+        engine = open_engine(choice, policy, tokenizer, folder)
+        stack.callback(engine.close)
+        has_servers = hasattr(engine, "servers")
         config = policy.published_config(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        device = str(policy.mesh.device.torch_device)
+        device = str(mesh.device.torch_device)
         runtime = PushRuntime(engine, config, servers=lambda: engine.servers, device=device, folder=folder / "pushes")
-        push = AutoPush().build(runtime)
-        together(
-            policy.mesh,
-            lambda: walked(policy, lambda tensors: push.send(tensors, version=0), everywhere=not hasattr(engine, "servers")),
-        )
+        pusher = together(mesh, lambda: push.build(runtime) if mesh.is_first or not has_servers else None)
+        send = None
+        if pusher is not None:
+            stack.callback(pusher.close)
+            send = partial(pusher.send, version=0)
+        together(mesh, lambda: walked(policy, send, everywhere=not has_servers))
         engine.version = 0
         yield engine
-        policy.mesh.barrier()  # servers serve all ranks to the last one's end
-    finally:
-        engine.close()
+        mesh.barrier()  # servers serve all ranks to the last one's end
 
 
 def open_environment(choice: Any) -> tuple[Environment, str]:

@@ -89,7 +89,7 @@ def test_every_stage_then_nothing_then_what_changed(configs: Path, tmp_path: Pat
     run(configs, out)
     mini.write_text(text)
     after = written(out)
-    assert {path for path in before if after[path] != before[path]} == {out / "eval_grpo_2" / "eval.json"}
+    assert {path for path in before if after[path] != before[path]} == {out / "stages" / "eval_grpo_2" / "eval.json"}
 
 
 def written(out: Path) -> dict[Path, int]:

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from r1mega.config.compose import preset
-from r1mega.config.rl import ProblemDataConfig, RewardConfig, RlConfig, RolloutConfig
+from r1mega.config.rl import EvalConfig, ProblemDataConfig, RewardConfig, RlConfig, RolloutConfig
 from r1mega.config.run import SamplingConfig
+from r1mega.eval.evaluate import evaluate
 from r1mega.mesh import close_mesh
 from r1mega.registry import lookup
 from r1mega.rl.advantage import GroupAdvantage
@@ -84,6 +85,24 @@ def test_the_reward_rises(place: Path, home: Home, tmp_path: Path, push: str) ->
     assert home.engine.servers[0].get("/model_info")["weight_version"] == str(4 * ROLLOUTS), (
         "four updates a rollout, the last one pushed"
     )
+
+
+def test_eval_pushes_as_it_is_told(place: Path, home: Home, tmp_path: Path) -> None:
+    made = evaluate(
+        EvalConfig(
+            out=str(tmp_path / "eval"),
+            device=CPU,
+            checkpoint=str(place / "seed"),
+            data=ProblemDataConfig(problems=str(place / "problems.jsonl"), limit=2),
+            samples=2,
+            sampling=SamplingConfig(temperature=1.0, max_new_tokens=4),
+            engine=SglangEngine(url=home.engine.servers[0].url),
+            push=lookup("push", "disk")(keep=1),
+        )
+    )
+    assert made["num_problems"] == 2 and made["tokens"] > 0
+    assert home.engine.servers[0].get("/model_info")["weight_version"] == "0"
+    assert [*(tmp_path / "eval/pushes").rglob("*.safetensors")], "written for the server"
 
 
 @pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.slow)])
