@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ __all__ = [
     "digest",
     "latest",
     "load",
+    "load_reference",
     "newest_whole",
     "read_model",
     "read_state",
@@ -45,7 +48,7 @@ def save(
     tokenizer: str | None,
     parent: str | None,
     command: str,
-    extra_tensors: dict[str, dict[str, torch.Tensor]] | None = None,
+    reference: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> Path:
     """Write one checkpoint of all ranks and wait for it; see :class:`r1mega.train.saving.Saver`, which runs use.
 
@@ -54,7 +57,7 @@ def save(
     """
     lineage = Lineage(command, tip=parent)
     with Saver(trainee.mesh, folder, lineage, background=False, keep_last=keep_last, tokenizer=tokenizer) as saver:
-        path = saver.begin(trainee, state, extra_tensors)
+        path = saver.begin(trainee, state, reference)
         saver.wait()
     return path
 
@@ -124,6 +127,29 @@ def load(trainee: Trainee, path: str | Path, *, weights_only: bool = False, veri
             states = torch.load(source / "rng.pt", weights_only=True)
             mesh.device.set_rng_state(states[mesh.rank if mesh.rank < len(states) else 0])
     return TrainState(record["step"], record["tokens"], record["cursor"], record["extra"])
+
+
+def load_reference(trainee: Trainee, path: str | Path) -> bool:
+    """Put the reference policy of a checkpoint, whose hashes hold, in the place of the trainee's weights; not into its optimizer.
+
+    False where the checkpoint has none. Called by all ranks. Raises UserError for a damaged one.
+    """
+    from megatron.core import dist_checkpointing
+
+    checkpoint, mesh = resolve(path), trainee.mesh
+    source, failure = checkpoint / "reference", ""
+    if not mesh.broadcast_object(source.is_dir()):
+        return False
+    try:
+        if mesh.is_first:
+            pickles.check(source / ".metadata", f"checkpoint {checkpoint}, reference")
+    except UserError as error:
+        failure = str(error)
+    mesh.agree(failure)
+    loaded = dist_checkpointing.load(sharded(trainee, loading=True, with_optimizer=False), str(source))
+    fault = trainee.held.load_sharded(loaded["model"])
+    mesh.agree(fault and f"checkpoint {checkpoint}: its reference gives each stage its names; got {fault}; start again from init")
+    return True
 
 
 def _check_names(mesh: Mesh, sharded: dict[str, Any], source: Path, *, weights_only: bool) -> None:

@@ -2,9 +2,10 @@
 
     checkpoints/step-00000100/
       weights/         Megatron-Core's distributed checkpoint: parameters, expert biases, optimizer (layout-free)
+      reference/       RL's reference policy in the same format: parameters and expert biases
       tokenizer/       a copy of the run's tokenizer, when it has one
       state.json       step, position in the data, model config, command, and where the checkpoint comes from
-      rng.pt           the generators; reference.pt: RL's reference policy
+      rng.pt           the generators
       manifest.json    sha256 and size of every other file; written last
 
 Where it comes from, in ``state.json`` (paths are relative to the checkpoint's folder; digests are :func:`digest`'s):

@@ -25,7 +25,7 @@ from r1mega.model.outputs import Hidden
 from r1mega.model.replay import Replay
 from r1mega.train import checkpoint
 from r1mega.train.checkpoint import TrainState
-from r1mega.train.gathering import take_parts, whole_tensors
+from r1mega.train.gathering import whole_tensors
 from r1mega.train.saving import Saver
 from r1mega.train.trainee import Judge, StepResult, Trainee
 
@@ -167,21 +167,15 @@ class Policy:
     def load(self, path: str | Path, *, weights_only: bool, verified: bool = False) -> TrainState:
         """Load a checkpoint; see :func:`r1mega.train.checkpoint.load`. The reference comes back with a full load."""
         state = checkpoint.load(self.trainee, path, weights_only=weights_only, verified=verified)
-        held = checkpoint.resolve(path) / "reference.pt"
-        if not weights_only and held.is_file():
-            own, whole = self._copy(), torch.load(held, weights_only=True, map_location="cpu", mmap=True)
-            take_parts(self.trainee, whole)
-            self.copy_to_reference()
+        if not weights_only:
+            own = self._copy()
+            if checkpoint.load_reference(self.trainee, path):
+                self.copy_to_reference()
             self._put(own)
         return state
 
     def save(self, saver: Saver, state: TrainState) -> Path:
-        """Begin a checkpoint with the whole reference beside the weights; see :meth:`r1mega.train.saving.Saver.begin`."""
-        extra = {}
+        """Begin a checkpoint with the reference beside the weights; see :meth:`r1mega.train.saving.Saver.begin`."""
         if self.trainee.optimizer is not None:
             self.trainee.allocate_moments()  # where no update has been made so far
-        if self._reference is not None:
-            with self.as_reference():
-                whole = {name: tensor.cpu().clone() for name, tensor in whole_tensors(self.trainee, everywhere=False)}
-            extra = {"reference.pt": whole}
-        return saver.begin(self.trainee, state, extra)
+        return saver.begin(self.trainee, state, None if self._reference is None else self.as_reference)

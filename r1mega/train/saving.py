@@ -20,7 +20,7 @@ import pickle
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,14 @@ class _Abandoned(Exception):
 
 @dataclass
 class _Job:
-    """One save under way. ``files``: name to content of what rank 0 writes beside the tensors; ``error``: what a thread met."""
+    """One save under way. ``plans``: this rank's part of each folder of tensors, by its name; ``files``: name to content of what
+    rank 0 writes beside them; ``error``: what a thread met."""
 
     step: int
     aside: Path
     final: Path
-    plan: megatron_writer.Plan | None
-    files: dict[str, bytes | dict[str, torch.Tensor] | list[Any]]
+    plans: dict[str, megatron_writer.Plan] = field(default_factory=dict)
+    files: dict[str, bytes | list[Any]] = field(default_factory=dict)
     thread: threading.Thread | None = None
     error: BaseException | None = None
     is_written: bool = False
@@ -130,11 +131,14 @@ class Saver:
 
     # Called by all ranks at the same places.
 
-    def begin(self, trainee: Trainee, state: TrainState, extra_tensors: dict[str, dict[str, torch.Tensor]] | None = None) -> Path:
+    def begin(
+        self, trainee: Trainee, state: TrainState, reference: Callable[[], contextlib.AbstractContextManager[None]] | None = None
+    ) -> Path:
         """Take a copy of the run as it is and save that; returns the folder that the checkpoint will have.
 
-        Waits for the save before this one. ``extra_tensors``: file name to tensors that every rank holds alike (RL's reference).
-        Raises UserError, on all ranks, where the disk refuses or a rank's host memory does not hold the copy.
+        Waits for the save before this one. ``reference``: inside it, the trainee's weights are those of RL's reference, which each
+        rank saves its shards of too; they are copied to host memory in any case. Raises UserError, on all ranks, where the disk
+        refuses or a rank's host memory does not hold the copy.
         """
         with self._losing_time():
             self._finish()
@@ -142,24 +146,31 @@ class Saver:
             final = self.folder / f"step-{state.step:08d}"
             aside = self.folder / f".{final.name}.tmp"
             rng = mesh.gather_everywhere(mesh.device.rng_state())
-            self._on_first(lambda: self._make(aside))
+            folders = ("weights", "reference") if reference else ("weights",)
+            self._on_first(lambda: self._make(aside, folders))
             sharded_state = sharded(trainee, loading=False) | {"content_metadata": dict(CONTENT)}
-            job = _Job(state.step, aside, final, None, {})
+            sharded_reference = sharded(trainee, loading=False, with_optimizer=False) if reference else {}
+            job = _Job(state.step, aside, final)
 
             def take() -> None:
-                job.plan = megatron_writer.plan(sharded_state, str(aside / "weights"), mesh.rank)
+                self._host.reset()
+                job.plans["weights"] = megatron_writer.plan(sharded_state, str(aside / "weights"), mesh.rank)
+                if self.background:
+                    self._copy(job.plans["weights"])
+                if reference:
+                    with reference():
+                        job.plans["reference"] = megatron_writer.plan(sharded_reference, str(aside / "reference"), mesh.rank)
+                        self._copy(job.plans["reference"])
                 if mesh.is_first:
                     record = {**asdict(state), "model": asdict(trainee.model_config), "degrees": mesh.degrees}
                     record |= {"dtype": str(trainee.dtype).removeprefix("torch."), **self.lineage.record(final)}
-                    job.files = {"rng.pt": rng, "state.json": json.dumps(record, indent=1).encode()}
-                    job.files |= {"weights/common.pt": job.plan.common, **(extra_tensors or {})}
-                if self.background:
-                    self._copy(job)
+                    job.files = {f"{name}/common.pt": plan.common for name, plan in job.plans.items()}
+                    job.files |= {"rng.pt": rng, "state.json": json.dumps(record, indent=1).encode()}
 
             self._together(job, take)
             if not self._is_checked:
-                owned = mesh.gather_everywhere(job.plan.owned)
-                self._together(job, lambda: megatron_writer.check(owned))
+                owned = mesh.gather_everywhere([plan.owned for plan in job.plans.values()])
+                self._together(job, lambda: [megatron_writer.check(one) for one in zip(*owned, strict=True)])
                 self._is_checked = True
             self._job = job
             job.run(self._write)
@@ -244,19 +255,16 @@ class Saver:
             job.error = error
         self._agree(job)
 
-    def _make(self, aside: Path) -> None:
-        """The empty unfinished folder."""
+    def _make(self, aside: Path, folders: Sequence[str]) -> None:
+        """The unfinished folder, with empty ones in it."""
         shutil.rmtree(aside, ignore_errors=True)
-        (aside / "weights").mkdir(parents=True)
+        for name in folders:
+            (aside / name).mkdir(parents=True)
 
-    def _copy(self, job: _Job) -> None:
-        """Put host copies in the place of everything that the next step changes."""
-        host = self._host
-        host.reset()
-        job.plan.values = [value if isinstance(value, io.BytesIO) else host.copy(value) for value in job.plan.values]
-        for name, tensors in job.files.items():
-            if isinstance(tensors, dict):
-                job.files[name] = {key: host.copy(tensor) for key, tensor in tensors.items()}
+    def _copy(self, plan: megatron_writer.Plan) -> None:
+        """Put host copies in the place of everything that changes. Without ``background`` of memory that is not kept."""
+        copy = self._host.copy if self.background else lambda value: value.detach().to("cpu", copy=True)
+        plan.values = [value if isinstance(value, io.BytesIO) else copy(value) for value in plan.values]
         self.mesh.device.synchronize()
 
     def _finish(self) -> None:
@@ -280,7 +288,7 @@ class Saver:
         if job.is_written:
             self._job = None
         else:
-            job.is_written, job.plan = True, job.plan if self.mesh.is_first else None
+            job.is_written = True
             if self.mesh.is_first:
                 job.run(self._publish)
 
@@ -290,7 +298,7 @@ class Saver:
         if isinstance(error, UserError):
             failure = str(error)
         elif hostmemory.is_exhausted(error, self.mesh.device):
-            values = [*(job.plan.values if job.plan else ()), *job.files.values()]
+            values = [value for plan in job.plans.values() for value in plan.values]
             told = hostmemory.without_room(error, values, self.switch if self.background else "")
             failure = f"checkpoint {job.final}: {told} and run the same command, {goes_on(self.folder)}"
         elif isinstance(error, OSError | RuntimeError if job.thread else OSError) and not self.mesh.device.is_out_of_memory(error):
@@ -313,12 +321,14 @@ class Saver:
 
     def _write(self, job: _Job) -> None:
         """This rank's file and its hash; on rank 0 also what is no shard."""
-        rank, plan = self.mesh.rank, job.plan
-        results = plan.write(self._check_abandoned)
-        plan.values = []
-        names = sorted({f"weights/{one.storage_data.relative_path}" for one in results})
-        entries = {name: manifest.entry(job.aside / name) for name in names}
-        (job.aside / f".part-{rank}").write_bytes(pickle.dumps((plan.plan, results, entries)))
+        made, entries = {}, {}
+        for folder, plan in job.plans.items():
+            results = plan.write(self._check_abandoned)
+            plan.values = []
+            made[folder] = (plan.plan, results)
+            names = sorted({f"{folder}/{one.storage_data.relative_path}" for one in results})
+            entries |= {name: manifest.entry(job.aside / name) for name in names}
+        (job.aside / f".part-{self.mesh.rank}").write_bytes(pickle.dumps((made, entries)))
         if not self.mesh.is_first:
             return
         for name, content in job.files.items():
@@ -341,8 +351,10 @@ class Saver:
             path = aside / f".part-{rank}"
             parts.append(pickle.loads(path.read_bytes()))  # ours, written a moment ago
             path.unlink()
-        megatron_writer.finish(job.plan.writer, [part[0] for part in parts], [part[1] for part in parts], str(aside / "weights"))
-        entries = {name: entry for part in parts for name, entry in part[2].items()}
+        for name, plan in job.plans.items():
+            plans, results = zip(*(made[name] for made, _ in parts), strict=True)
+            megatron_writer.finish(plan.writer, plans, results, str(aside / name))
+        entries = {name: entry for _, own in parts for name, entry in own.items()}
         manifest.write(aside, entries | manifest.hashes(aside, known=entries))
         self._check_abandoned()
         if final.exists():

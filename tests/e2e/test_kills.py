@@ -80,10 +80,8 @@ def compare(command: str, place: Path, out: Path) -> None:
     states = [checkpoint.read_state(folder) for folder in (checkpoint.resolve(place / f"straight-{command}"), held)]
     assert states[0]["cursor"] == states[1]["cursor"] and states[0]["tokens"] == states[1]["tokens"]
     if command == "rl":
-        references = [
-            torch.load(checkpoint.resolve(run) / "reference.pt", weights_only=True) for run in (place / "straight-rl", held)
-        ]
-        assert all(torch.equal(references[0][name], references[1][name]) for name in references[0])
+        left, right = stored(checkpoint.resolve(place / "straight-rl"), "reference"), stored(held, "reference")
+        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
     assert metric_lines(place / f"straight-{command}") == metric_lines(out)
     assert not list((out / "checkpoints").glob(".step-*")) and not list((out / "checkpoints").glob("damaged-*"))
 

@@ -262,8 +262,8 @@ def test_a_run_that_is_cut_off_goes_on_bit_for_bit(place: Path, straight, digits
     ours, theirs = (latest(place / name / "checkpoints") for name in ("straight", "cut"))
     left, right = stored(ours), stored(theirs)
     assert left.keys() == right.keys() and not [name for name in left if not torch.equal(left[name], right[name])]
-    references = [torch.load(path / "reference.pt", weights_only=True) for path in (ours, theirs)]
-    assert all(torch.equal(tensor, references[1][name]) for name, tensor in references[0].items())
+    left, right = stored(ours, "reference"), stored(theirs, "reference")
+    assert left and left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
     told = [
         [{key: value for key, value in line.items() if key not in (*TIMED, *MAY_BE_NOTHING)} for line in lines(place / name)]
         for name in ("straight", "cut")

@@ -99,7 +99,7 @@ def test_other_losses_train(place: Path, digits, tmp_path: Path, choice) -> None
         assert line["is_weight"] == pytest.approx(1, abs=1e-3) and 1 - 1e-3 < line["is_weight_max"] < 1 + 1e-2
         assert line["ratio_max"] >= 1 and line["clip_share"] == line["clip_share_low"] + line["clip_share_high"]
         assert line["grad_norm"] > 0
-    assert not list((tmp_path / "run").rglob("reference.pt"))
+    assert not list((tmp_path / "run").rglob("reference"))
 
 
 def test_a_teacher_pulls_the_policy_to_itself(place: Path, digits, tmp_path: Path) -> None:  # noqa: F811

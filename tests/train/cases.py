@@ -104,13 +104,13 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def stored(checkpoint: Path | str) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint: weights, expert biases, moments, main parameters."""
+def stored(checkpoint: Path | str, folder: str = "weights") -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: weights, expert biases, moments, main parameters; ``reference``: those of RL's reference."""
     from megatron.core import dist_checkpointing
 
     one_rank()  # reading asks which rank this is
     return {
         name: value
-        for name, value in dist_checkpointing.load_plain_tensors(str(Path(checkpoint) / "weights")).items()
+        for name, value in dist_checkpointing.load_plain_tensors(str(Path(checkpoint) / folder)).items()
         if isinstance(value, torch.Tensor)
     }

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,14 +73,22 @@ def held_back(monkeypatch):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_the_next_step_changes_is_not_in_the_checkpoint(tmp_path: Path, held_back, dtype: str) -> None:
     trainee = fresh(dtype)
-    reference = {"x": torch.arange(5.0)}
+
+    @contextmanager
+    def reference():
+        for _, tensor in trainee.named_tensors():
+            tensor.mul_(2)
+        yield
+        for _, tensor in trainee.named_tensors():
+            tensor.div_(2)
+
     held_back.set()
     with saver(tmp_path / "sync", background=False) as still:
-        still.begin(trainee, TrainState(1), {"reference.pt": reference})
+        still.begin(trainee, TrainState(1), reference)
         still.wait()
     held_back.clear()
     with saver(tmp_path / "async") as moving:
-        moving.begin(trainee, TrainState(1), {"reference.pt": reference})
+        moving.begin(trainee, TrainState(1), reference)
         for part in trainee.optimizer.chained_optimizers:
             for state in part.optimizer.state.values():
                 state["exp_avg"].add_(1), state["exp_avg_sq"].add_(1)
@@ -87,13 +96,21 @@ def test_what_the_next_step_changes_is_not_in_the_checkpoint(tmp_path: Path, hel
                 group["lr"], _ = 7.0, [parameter.data.add_(1) for parameter in group["params"]]
         for _, tensor in trainee.named_tensors():
             tensor.add_(1)
-        reference["x"].zero_()
         held_back.set()
         moving.wait()
     left, right = (checkpoint.resolve(tmp_path / name) for name in ("sync", "async"))
     assert equal(left, right)
-    for name in ("weights/__0_0.distcp", "weights/common.pt", "rng.pt", "reference.pt", "state.json"):
+    for name in (
+        "weights/__0_0.distcp",
+        "weights/common.pt",
+        "reference/__0_0.distcp",
+        "reference/common.pt",
+        "rng.pt",
+        "state.json",
+    ):
         assert (left / name).read_bytes() == (right / name).read_bytes(), name
+    weights, twice = stored(right), stored(right, "reference")
+    assert twice and all(torch.equal(2 * weights[name], tensor) for name, tensor in twice.items())
     checkpoint.verify(right)
 
 
