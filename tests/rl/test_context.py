@@ -20,8 +20,9 @@ from r1mega.rl.types import Completion
 from r1mega.testing.ranks import run_ranks
 from r1mega.train import checkpoint
 from r1mega.train.gathering import whole_tensors
+from r1mega.train.policy import Policy
 from tests.rl.test_loop import Digits, config, place, same  # noqa: F401  place is a fixture
-from tests.train.cases import MODEL, lines
+from tests.train.cases import MODEL, OPTIM, lines, one_rank
 
 pytestmark = pytest.mark.slow  # starts two ranks with engines for half a minute
 
@@ -112,7 +113,9 @@ def rolled_out(place: Path, out: Path, **degrees: Any) -> dict[str, Any]:  # noq
         for _ in range(2):
             turn(run)
         run.finish()
-        return {"drawn": drawn, "shares": shares, "weights": whole(run)}
+        with run.policy.as_reference():
+            reference = whole(run)
+        return {"drawn": drawn, "shares": shares, "weights": whole(run), "reference": reference}
 
 
 def whole(run: Run) -> dict[str, torch.Tensor]:
@@ -197,6 +200,21 @@ def test_ranks_that_hold_parts_agree_on_a_whole_run(two, place: Path, axis: str)
     told = lines(place / "context" / axis)
     assert [line["rollout"] for line in told] == [1, 2] and all(line["rollout_diff_max"] < 1e-4 for line in told)
     assert all(line["push_proof"] == "checksum" for line in told)
+
+
+@pytest.mark.parametrize("axis", ["tensor", "expert", "pipeline"])
+def test_the_reference_comes_back_under_another_layout(two, place: Path, axis: str) -> None:  # noqa: F811
+    close_mesh()
+    policy = Policy(MODEL, OPTIM, one_rank(), "fp32")
+    policy.load(checkpoint.resolve(place / "context" / axis), weights_only=False)
+    held = two[0][f"{axis} loop"]
+    assert same(named(policy), held["weights"]) and not same(held["weights"], held["reference"])
+    with policy.as_reference():
+        assert same(named(policy), held["reference"])
+
+
+def named(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.trainee.named_tensors()}
 
 
 def test_places_share_the_groups_whatever_the_number_of_ranks() -> None:
