@@ -138,7 +138,12 @@ def load_reference(trainee: Trainee, path: str | Path) -> bool:
 
     checkpoint, mesh = resolve(path), trainee.mesh
     source, failure = checkpoint / "reference", ""
-    if not mesh.broadcast_object(source.is_dir()):
+    has_one, is_old = mesh.broadcast_object((source.is_dir(), (checkpoint / "reference.pt").is_file()))
+    if is_old:
+        raise UserError(
+            f"checkpoint {checkpoint}: its reference lies in shards; got an older reference.pt; use init={checkpoint} and another out"
+        )
+    if not has_one:
         return False
     try:
         if mesh.is_first:
