@@ -141,7 +141,7 @@ def load_reference(trainee: Trainee, path: str | Path) -> bool:
     has_one, is_old = mesh.broadcast_object((source.is_dir(), (checkpoint / "reference.pt").is_file()))
     if is_old:
         raise UserError(
-            f"checkpoint {checkpoint}: its reference lies in shards; got an older reference.pt; use init={checkpoint} and another out"
+            f"checkpoint {checkpoint}: its reference lies in shards; got an older reference.pt; use init={checkpoint}, another out"
         )
     if not has_one:
         return False
