@@ -1,8 +1,8 @@
 """Copies of a rank's tensors in host memory, which a background save writes from. In: tensors on any device. Out: on the CPU.
 
 Large buffers are kept from save to save: page-locked where the device is a GPU, so that copies run at the bus's full rate.
-They take as much memory as the rank's shards once (RL's reference among them), plus the rests of buffers. A copy's storage is its own numbers alone, so that
-``torch.save`` writes nothing else.
+They take as much memory as the rank's shards once, RL's reference among them, plus the rests of buffers. A copy's storage is its
+own numbers alone, so that ``torch.save`` writes nothing else.
 """
 
 from __future__ import annotations
