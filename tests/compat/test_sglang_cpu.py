@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -46,6 +47,28 @@ def test_absent_packages_can_be_named_and_end_what_calls_them(tmp_path: Path) ->
     assert said[:4] == ["stand-in", "IPython.display.HTML", "torchvision.transforms.InterpolationMode.BICUBIC", "__main__.Mine"]
     (tmp_path / "soundfile.py").write_text("")
     assert run(CODE, tmp_path)[0] == str(tmp_path / "soundfile.py"), "a real package wins"
+
+
+STUBS = {
+    "_triton_stub.py": "import sys, types\ndef install():\n    sys.modules['triton'] = types.ModuleType('triton', 'up to 0.5.17')\n",
+    "_platform_stubs.py": """import sys, types
+def install_platform_stubs():
+    if sys.platform != "darwin":
+        return
+    if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
+        sys.modules["triton"] = types.ModuleType("triton", "from 0.5.18 on")
+    raise RuntimeError("what is MPS's is not for us")
+""",
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="triton itself is here")
+@pytest.mark.parametrize(("name", "said"), [("_triton_stub.py", "up to 0.5.17"), ("_platform_stubs.py", "from 0.5.18 on")])
+def test_tritons_stand_in_is_sglangs(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang/__init__.py").write_text("")
+    (tmp_path / "sglang" / name).write_text(STUBS[name])
+    assert run("import triton; print(triton.__doc__)", tmp_path)[0] == said
 
 
 def test_the_one_function_that_is_used_writes_slots_row_by_row() -> None:

@@ -1,4 +1,4 @@
-"""SGLang 0.5.16's server on a machine without a GPU: what it is installed from, and what stands in for packages that it lacks.
+"""SGLang's server on a machine without a GPU: what it is installed from, and what stands in for packages that it lacks.
 
 ``stand_ins`` is a folder for the server's PYTHONPATH, and for nobody else's: its ``sitecustomize`` runs in every process of the
 server before SGLang does, and ``r1mega_bends`` is loaded by its registry of models (SGLANG_EXTERNAL_MODEL_PACKAGE). Each file says
@@ -10,7 +10,7 @@ in a table what it bends, the symptom, and when to remove it. Nothing of SGLang 
 | :data:`ENVIRONMENT` SGLANG_USE_CPU_ENGINE | the server looks for a GPU and ends | ``--device cpu`` is enough |
 | :data:`ENVIRONMENT` TORCHDYNAMO_DISABLE | the first request waits 75 s for a compiler | the compiled functions of a CPU are few |
 
-Versions: sglang 0.5.16, torch 2.11 to 2.13.
+Versions: sglang 0.5.16, and 0.5.23 by hand (``requirements.txt`` says how); torch 2.11 to 2.13.
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@
 | sgl_kernel can be imported, and has ``assign_req_to_token_pool_cpu`` | the first request ends in ModuleNotFoundError: the package has no wheel for a CPU without AMX on pip's index | it has one |
 | triton is what SGLang brings for macOS | kernels' decorators end in ModuleNotFoundError | SGLang takes its own stand-in wherever triton is missing |
 
-A package that is installed wins over its stand-in. Versions: sglang 0.5.16.
+A package that is installed wins over its stand-in. Versions: sglang 0.5.16, 0.5.23.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib.machinery
 import importlib.util
 import sys
@@ -18,6 +19,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
+STUBS = ("_triton_stub.py", "_platform_stubs.py")
+"""Files of SGLang's that stand in for triton: up to 0.5.17, and from 0.5.18 on."""
 ABSENT = ("IPython", "sgl_kernel", "soundfile", "torchvision", "xgrammar")
 
 
@@ -84,16 +87,23 @@ def assign_req_to_token_pool_cpu(rows_B, table_RS, starts_B, ends_B, slots_T, *r
 def _install_triton() -> None:
     """The stand-in that SGLang carries; loaded by its path, since importing the package is what needs it.
 
-    It uses ``importlib.machinery`` and does not import it: this module does.
+    It uses ``importlib.machinery`` and does not import it: this module does. From 0.5.18 on it is installed on macOS alone, together
+    with torch's MPS: the block that is triton's is run by itself.
     """
     found = PathFinder.find_spec("sglang")
-    file = Path(found.submodule_search_locations[0]) / "_triton_stub.py" if found else None
-    if file is None or not file.is_file():
+    folder = Path(found.submodule_search_locations[0]) if found else None
+    file = next((folder / name for name in STUBS if (folder / name).is_file()), None) if folder else None
+    if file is None:
         return
     spec = importlib.util.spec_from_file_location("_r1mega_triton", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.install()
+    if hasattr(module, "install"):
+        module.install()
+        return
+    for one in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(one, ast.If) and ast.unparse(one.test).startswith("'triton' not in sys.modules"):
+            exec(compile(ast.Module(one.body, []), str(file), "exec"), vars(module))
 
 
 sys.meta_path.append(_Finder)

@@ -4,7 +4,7 @@
 |---|---|---|
 | ``torch.cuda.synchronize`` does nothing in a server without a GPU | /weights_checker answers "Torch not compiled with CUDA enabled" | it asks for its own device |
 
-Versions: sglang 0.5.16, torch 2.13.
+Versions: sglang 0.5.16, 0.5.23, torch 2.13.
 """
 
 import torch
