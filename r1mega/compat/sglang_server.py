@@ -9,7 +9,7 @@ SGLang is not imported: a server is a process of another interpreter, which :fun
 | ``skip_server_warmup`` | a request with text before the first push, which a server without tokenizer refuses | the warm-up sends token ids |
 | HF_HUB_OFFLINE | minutes of retries on a machine without a network: the model is a folder | - |
 
-Versions: sglang 0.5.16.
+Versions: sglang 0.5.16, 0.5.23.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ QUESTION = """
 import ast, importlib.metadata as metadata, importlib.util, json
 from pathlib import Path
 found = importlib.util.find_spec("sglang")
-known = None
-file = Path(found.submodule_search_locations[0], "srt", "server_args.py") if found else None
-if file and file.is_file():
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == "ServerArgs":
-            known = [one.target.id for one in node.body if isinstance(one, ast.AnnAssign)]
+known = []
+folder = Path(found.submodule_search_locations[0], "srt") if found else None
+for file in [folder / "server_args.py", *sorted(folder.glob("arg_groups/fields/*.py"))] if folder else ():
+    for node in ast.parse(file.read_text(encoding="utf-8")).body if file.is_file() else ():
+        if isinstance(node, ast.ClassDef) and (node.name == "ServerArgs" or file.parent.name == "fields"):
+            known += [one.target.id for one in node.body if isinstance(one, ast.AnnAssign)]
 def version(name):
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-print(json.dumps({"sglang": version("sglang") or (found and "?"), "flashinfer": version("flashinfer-python"), "arguments": known}))
+print(json.dumps({"sglang": version("sglang") or (found and "?"), "flashinfer": version("flashinfer-python"), "arguments": known or None}))
 """
 
 

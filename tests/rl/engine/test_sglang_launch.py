@@ -200,6 +200,22 @@ def test_where_the_interpreter_is(tmp_path: Path, monkeypatch) -> None:
         fleet(sys.executable, tmp_path)
 
 
+@pytest.mark.parametrize("place", ["server_args.py", "arg_groups/fields/memory.py"])
+def test_argument_names_are_read_where_versions_keep_them(tmp_path: Path, monkeypatch, place: str) -> None:
+    """Up to 0.5.19 in one class, from 0.5.20 on in a file a group."""
+    files = {"__init__.py": "", "srt/server_args.py": "class ServerArgs:\n    def port(self): ...\n"}
+    name = "Memory" if "fields" in place else "ServerArgs"
+    files[f"srt/{place}"] = f"class {name}:\n    _NS_PATH = 1\n    mem_fraction_static: float = 0.5\n"
+    for file, text in files.items():
+        path = tmp_path / "sglang" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert sglang_server.installed(sys.executable)["arguments"] == ["mem_fraction_static"]
+    (tmp_path / "sglang/srt" / place).write_text("class Other: ...\n")
+    assert sglang_server.installed(sys.executable)["arguments"] is None, "nothing is refused for what cannot be read"
+
+
 def test_flags_and_tables_by_device() -> None:
     assert sglang_server.flags({"a_b": True, "c": False, "d": None, "e": 0.5, "f": [1, 2], "g": {"h": 1}}) == [
         "--a-b", "--e", "0.5", "--f", "1", "2", "--g", '{"h": 1}',
