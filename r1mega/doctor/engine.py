@@ -280,11 +280,12 @@ async def _tensor(server: Server) -> str:
 
 @check("update from disk", "push=disk", disturbs=True)
 async def _disk(server: Server) -> str:
-    if server.info.get("load_format") == "dummy":
+    live = server.info | await server.aget("/model_info")  # from 0.5.17 on /server_info tells of the start alone
+    if live.get("load_format") == "dummy":
         raise Absent("not tried: it was started with random weights, which are on no disk")
     tokens, _, _ = await _generate(server)
     await asyncio.to_thread(server.drain, 30)
-    await server.apost("/update_weights_from_disk", {"model_path": server.info["model_path"]}, 600)
+    await server.apost("/update_weights_from_disk", {"model_path": live["model_path"]}, 600)
     if (await _generate(server))[0] != tokens:
         raise Broken("its own folder holds the weights that it serves; got other tokens after loading it, which it now serves")
     return "its own folder, again"

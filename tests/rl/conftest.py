@@ -15,9 +15,10 @@ from tests.rl.home import EOS, Home, tiny_config, write_model
 
 @pytest.fixture(scope="session")
 def sglang_python() -> str:
-    """The interpreter of ``make sglang``. CI must have it; elsewhere its tests are skipped without it."""
+    """The interpreter of ``make sglang``, or of another SGLang by R1MEGA_TEST_SGLANG. CI must have one; elsewhere tests are
+    skipped without it."""
     try:
-        return launch.interpreter(None)
+        return launch.interpreter(os.environ.get("R1MEGA_TEST_SGLANG"))
     except UserError as error:
         if "R1MEGA_CI" in os.environ:
             raise

@@ -388,8 +388,10 @@ async def test_posts_say_what_failed():
     ("version", "has"),
     [
         ("0.5.16", {"sampling_mask"}),
-        ("0.5.19", {"sampling_mask", "version_spans"}),
-        ("0.5.21.post2", {"sampling_mask", "version_spans", "update_sessions", "selector", "draft_over_group"}),
+        ("0.5.17", {"sampling_mask"}),
+        ("0.5.18", {"sampling_mask", "live_model_info"}),
+        ("0.5.19", {"sampling_mask", "live_model_info", "version_spans"}),
+        ("0.5.21.post2", {"sampling_mask", "live_model_info", "version_spans", "update_sessions", "selector", "draft_over_group"}),
         ("0.5.23", {"sampling_mask", "version_spans", "update_sessions", "selector", "draft_over_group", "safe_flush", "live_model_info"}),
         ("0.6.0rc1", {"sampling_mask", "version_spans", "update_sessions", "selector", "draft_over_group", "safe_flush", "live_model_info"}),
     ],

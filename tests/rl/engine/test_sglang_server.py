@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from r1mega.compat import sglang_server
 from r1mega.config.errors import UserError
 from r1mega.config.run import SamplingConfig
 from r1mega.model.names import from_hf
@@ -21,6 +22,7 @@ from r1mega.rl.batch import RolloutRow, microbatches
 from r1mega.rl.engine import LocalEngine, Request, SglangEngine
 from r1mega.rl.engine.sglang import launch, probe
 from r1mega.rl.engine.sglang.client import EngineError
+from r1mega.rl.engine.sglang.features import NEED_VERSION
 from r1mega.rl.routing import RoutingShape, Scoring
 from r1mega.rl.types import Completion
 from r1mega.testing.contracts import checkpoint_tensors
@@ -147,7 +149,8 @@ def test_routed_experts_are_those_that_the_trainer_would_choose(home: Home) -> N
 
 def test_probe_features_and_refusals(home: Home) -> None:
     server = home.engine.seats[0].server
-    assert asyncio.run(probe.check_scaling(server)) and server.version == "0.5.16" and server.features.no_tokenizer
+    assert asyncio.run(probe.check_scaling(server)) and server.features.no_tokenizer
+    assert server.version == sglang_server.installed(home.engine.fleet.owned[0].command[0])["sglang"]
     assert (server.tp_size, server.dp_size, server.pp_size) == (1, 1, 1)
     with pytest.raises(UserError, match="memory_saver .--enable-memory-saver"):
         SglangEngine(url=server.url, memory_saver=True).build(home.runtime)
@@ -162,8 +165,9 @@ def test_probe_features_and_refusals(home: Home) -> None:
 def test_doctor_finds_it_fit(home: Home, capsys) -> None:
     from r1mega.doctor.report import main
 
-    home.load(0, version=9)
-    url = home.engine.seats[0].server.url
+    home.load(1, version=9)  # not the folder that it was started with
+    server = home.engine.seats[0].server
+    url, held = server.url, server.post("/weights_checker", {"action": "checksum"})["ranks"]
     assert main(["engine=sglang", f"engine.url={url}", "engine.may_update=true", "json=true"]) == 0
     said = json.loads(capsys.readouterr().out)
     states = {one["name"]: one["state"] for one in said["checks"]}
@@ -176,7 +180,10 @@ def test_doctor_finds_it_fit(home: Home, capsys) -> None:
         "update by tensor",
     ):
         assert states[name] == "ok", said
-    assert states["update from disk"] == "ok" and states["update sessions"] == "missing"
+    assert states["update from disk"] == "ok"
+    assert server.post("/weights_checker", {"action": "checksum"})["ranks"] == held, "the weights are those of before"
+    has = [name for name in NEED_VERSION if getattr(server.features, name)]
+    assert has == [name for name in NEED_VERSION if states[name.replace("_", " ")] == "ok"]
     home.load(0, version=10)
 
 

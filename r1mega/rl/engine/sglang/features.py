@@ -21,12 +21,12 @@ NEWEST = (0, 5, 23)
 
 NEED_VERSION = {
     "sampling_mask": (0, 5, 16),
+    "live_model_info": (0, 5, 18),
     "version_spans": (0, 5, 19),
     "update_sessions": (0, 5, 21),
     "selector": (0, 5, 21),
     "draft_over_group": (0, 5, 21),
     "safe_flush": (0, 5, 22),
-    "live_model_info": (0, 5, 23),
 }
 """Feature to the first version that has it."""
 
@@ -47,20 +47,21 @@ class Features:
     ``version_spans``: answers carry meta_info.weight_versions. ``update_sessions``: begin and end are mandatory around updates by
     tensor and by group, never sent to one without. ``selector``: updates name target, draft or all; before it, by tensor,
     ``disable_draft_model``. ``draft_over_group``: updates by group reach the draft model. ``checksum``: /weights_checker hashes
-    what is served. ``safe_flush``: a refused flush is an answer, not the server's end. ``live_model_info``: live values are in
-    /model_info. ``routed_experts``, ``memory_saver``, ``weights_backup`` and ``deterministic`` (sampling_seed is honoured):
-    switched on by arguments. ``draft``: serves a draft model. ``no_tokenizer``: started with skip_tokenizer_init.
+    what is served. ``safe_flush``: a refused flush is an answer, not the server's end. ``live_model_info``: what is served is in
+    /model_info, and /server_info tells of the start alone. ``routed_experts``, ``memory_saver``, ``weights_backup`` and
+    ``deterministic`` (sampling_seed is honoured): switched on by arguments. ``draft``: serves a draft model. ``no_tokenizer``:
+    started with skip_tokenizer_init.
     """
 
     version: str
     number: tuple[int, int, int]
     sampling_mask: bool
+    live_model_info: bool
     version_spans: bool
     update_sessions: bool
     selector: bool
     draft_over_group: bool
     safe_flush: bool
-    live_model_info: bool
     routed_experts: bool
     memory_saver: bool
     weights_backup: bool
