@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # R1-Zero in miniature: search for countdown solutions, read from plain text, shown 4,000 times, then reinforced.
-# Usage: run.sh [OUTPUT FOLDER] [cpu | h200] [OVERRIDES OF THE RL COMMAND]
+# Usage: run.sh [OUTPUT FOLDER] [cpu | h200 | smoke] [OVERRIDES OF THE RL COMMAND]
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -26,7 +26,15 @@ case $size in
         rl=(rl.rollouts=60 rl.prompts_per_rollout=32 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=64 optim.lr=1e-5 optim.min_lr=1e-5 rl.save_every=40 rl.async_save=false engine=sglang)
         common=(device=cuda precision=bf16)
         ;;
-    *) echo "run.sh: cpu or h200; got $size" >&2; exit 2 ;;
+    smoke) # a few steps of each command: does it run here?
+        documents=300
+        model=(model=tiny)
+        pretrain=(trainer.steps=2 trainer.global_batch_size=2 trainer.micro_batch_size=2 optim.warmup_steps=1)
+        sft=(trainer.steps=2 trainer.global_batch_size=2 trainer.micro_batch_size=2 optim.warmup_steps=1)
+        rl=(rl.rollouts=1 rl.prompts_per_rollout=2 rl.group_size=2 rl.sampling.max_new_tokens=16 rl.valid.every=1 rl.valid.limit=2 optim.warmup_steps=0)
+        common=()
+        ;;
+    *) echo "run.sh: cpu, h200 or smoke; got $size" >&2; exit 2 ;;
 esac
 
 # Problems, 200 of them held out; searches as text and as conversations; a tokenizer.

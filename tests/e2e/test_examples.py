@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from r1mega.data.problems import Problem
 from r1mega.rl.ledger import History
 from r1mega.rl.sandbox import why_not
 from r1mega.testing.contracts import check_reward
@@ -137,3 +138,43 @@ def test_add_a_reward_counts_a_reward_from_outside_the_package(rl_your_jsonl, tm
     check_reward(Brief())
     code = (folder / "my_reward.py").read_text().partition("\n\n")[2].strip()
     assert code in (folder / "README.md").read_text(), "the README shows the file"
+
+
+def test_countdowns_reward_wants_each_number_once_and_the_target(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "r1_zero"))
+    from countdown import Countdown
+
+    check_reward(Countdown())
+    problem, score = Problem("0", "Use 5, 5, 12 to make 65.", "65", "countdown"), Countdown().build()
+    said = "5*12=60 60+5=65 65? yes</think><answer>{}</answer>"
+    assert [score(problem, said.format(answer)) for answer in ("(5*12)+5", "5+5*12", "(12*5)+5")] == [1.0] * 3
+    for answer in (
+        "(5*12)+5+0",
+        "65",
+        "5*13",
+        "(5*12)-5",
+        "5*12+5*1",
+        "12+5",
+        "",
+        "print(65)",
+        "5**2",
+        "(" * 500,
+        "-(5*12)-5",
+        "12*5.0+5",
+    ):
+        assert score(problem, said.format(answer)) == 0.0, answer
+    assert score(problem, "(5*12)+5") == 0.0, "no answer tags"
+
+
+@pytest.mark.slow
+def test_r1_zero_runs_from_text_to_the_page_and_goes_on(tmp_path) -> None:
+    out = tmp_path / "out"
+    run_example("r1_zero", out, "smoke")
+    problems = {part: {line for line in (out / "problems" / f"{part}.jsonl").open()} for part in ("train", "test")}
+    assert len(problems["test"]) == 200 and not problems["test"] & problems["train"]
+    lines = metrics(out / "rl")
+    assert [line["rollout"] for line in lines if "valid_pass_at_1" in line] == [0, 1]
+    page = (out / "rl" / "report.html").read_text()
+    assert "Held-out problems: pass@1" in page and "Held-out problems: response length" in page
+    run_example("r1_zero", out, "smoke")
+    assert metrics(out / "rl") == lines, "all was done"
