@@ -45,7 +45,7 @@ class Delivery:
             runtime = PushRuntime(
                 engine,
                 hf_config,
-                servers=lambda: engine.servers,
+                servers=lambda: getattr(engine, "servers", ()),
                 device=str(self.mesh.device.torch_device),
                 folder=folder / "pushes",
                 # a probe is scored by this rank alone: it must hold the whole model

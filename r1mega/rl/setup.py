@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -88,13 +89,16 @@ def serving(choice: Any, push: Any, policy: Policy, tokenizer: Tokenizer, folder
     Called by all ranks.
     """
     mesh = policy.mesh
+    pushes = folder / "pushes"
     with ExitStack() as stack:
+        if mesh.is_first:
+            stack.callback(shutil.rmtree, pushes, ignore_errors=True)  # nobody reads them after the engine's end
         engine = open_engine(choice, policy, tokenizer, folder)
         stack.callback(engine.close)
         has_servers = hasattr(engine, "servers")
         config = policy.published_config(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         device = str(mesh.device.torch_device)
-        runtime = PushRuntime(engine, config, servers=lambda: engine.servers, device=device, folder=folder / "pushes")
+        runtime = PushRuntime(engine, config, servers=lambda: getattr(engine, "servers", ()), device=device, folder=pushes)
         pusher = together(mesh, lambda: push.build(runtime) if mesh.is_first or not has_servers else None)
         send = None
         if pusher is not None:

@@ -18,6 +18,7 @@ import torch
 from r1mega.config.errors import UserError
 from r1mega.mesh import Mesh
 from r1mega.train import manifest, pickles
+from r1mega.train.gathering import take_parts
 from r1mega.train.lineage import Lineage
 from r1mega.train.manifest import digest, latest, read_model, read_state, resolve, verify
 from r1mega.train.saving import Saver, TrainState, clear, sharded
@@ -138,13 +139,12 @@ def load_reference(trainee: Trainee, path: str | Path) -> bool:
 
     checkpoint, mesh = resolve(path), trainee.mesh
     source, failure = checkpoint / "reference", ""
-    has_one, is_old = mesh.broadcast_object((source.is_dir(), (checkpoint / "reference.pt").is_file()))
+    old = checkpoint / "reference.pt"  # whole: before it was saved by shards
+    has_one, is_old = mesh.broadcast_object((source.is_dir(), old.is_file()))
     if is_old:
-        raise UserError(
-            f"checkpoint {checkpoint}: its reference lies in shards; got an older reference.pt; use init={checkpoint}, another out"
-        )
+        take_parts(trainee, torch.load(old, weights_only=True, map_location="cpu", mmap=True))
     if not has_one:
-        return False
+        return is_old
     try:
         if mesh.is_first:
             pickles.check(source / ".metadata", f"checkpoint {checkpoint}, reference")

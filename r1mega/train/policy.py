@@ -8,6 +8,7 @@ sees its own parts of it (:attr:`Policy.part`) and its objective is the share of
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -130,7 +131,11 @@ class Policy:
 
     def copy_to_reference(self) -> None:
         """Make the policy as it is now the reference."""
-        self._reference = self._copy()
+        if self._reference is None:
+            self._reference = self._copy()
+            return
+        for name, tensor in self.trainee.named_tensors():
+            self._reference[name].copy_(tensor)
 
     def hold_teacher(self, path: str | Path) -> None:
         """Keep a checkpoint's weights for :meth:`as_teacher`. The policy has them too, until its own are loaded: do that next.
@@ -150,28 +155,33 @@ class Policy:
 
     @contextlib.contextmanager
     def _as(self, values: dict[str, torch.Tensor]) -> Iterator[None]:
-        held = self._copy()
+        self._exchange(values)
         try:
-            self._put(values)
             yield
         finally:
-            self._put(held)
+            self._exchange(values)
+
+    def _exchange(self, values: dict[str, torch.Tensor]) -> None:
+        """The policy's weights and ``values`` change places, with room for one tensor more."""
+        for name, tensor in self.trainee.named_tensors():
+            held = tensor.clone()
+            tensor.copy_(values[name])
+            values[name].copy_(held)
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.trainee.named_tensors()}
 
-    def _put(self, values: dict[str, torch.Tensor]) -> None:
-        for name, tensor in self.trainee.named_tensors():
-            tensor.copy_(values[name])
-
     def load(self, path: str | Path, *, weights_only: bool, verified: bool = False) -> TrainState:
-        """Load a checkpoint; see :func:`r1mega.train.checkpoint.load`. The reference comes back with a full load."""
+        """Load a checkpoint; see :func:`r1mega.train.checkpoint.load`.
+
+        A policy that has a reference gets the checkpoint's with a full load; where that has none, it keeps its own and says so.
+        """
         state = checkpoint.load(self.trainee, path, weights_only=weights_only, verified=verified)
-        if not weights_only:
-            own = self._copy()
-            if checkpoint.load_reference(self.trainee, path):
-                self.copy_to_reference()
-            self._put(own)
+        if not weights_only and self._reference is not None:
+            with self.as_reference():
+                is_there = checkpoint.load_reference(self.trainee, path)
+            if not is_there and self.mesh.is_first:
+                print(f"checkpoint {path}: without a reference; the KL is to the policy that the run began with", file=sys.stderr)
         return state
 
     def save(self, saver: Saver, state: TrainState) -> Path:

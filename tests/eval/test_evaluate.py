@@ -16,6 +16,7 @@ from r1mega.config.run import SamplingConfig
 from r1mega.data.problems import Problem
 from r1mega.eval.chat import _shown, chat
 from r1mega.eval.evaluate import evaluate, keep_correct, summarise
+from r1mega.registry import lookup
 from r1mega.rl.engine import LocalEngine
 from r1mega.rl.engine.inprocess import InProcessEngine
 from r1mega.rl.environment import Step
@@ -94,6 +95,12 @@ def ask(place: Path, out: Path, **changes) -> EvalConfig:
         "engine": LocalEngine(),
     }
     return EvalConfig(**{**usual, **changes})
+
+
+def test_a_push_to_servers_wants_servers(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="push: servers that are there"):
+        evaluate(ask(place, tmp_path / "none", push=lookup("push", "disk")()))
+    assert not (tmp_path / "none/pushes").exists()
 
 
 def test_asking_twice_gives_the_same_and_another_seed_another(place: Path, tmp_path: Path) -> None:

@@ -102,7 +102,9 @@ def test_eval_pushes_as_it_is_told(place: Path, home: Home, tmp_path: Path) -> N
     )
     assert made["num_problems"] == 2 and made["tokens"] > 0
     assert home.engine.servers[0].get("/model_info")["weight_version"] == "0"
-    assert [*(tmp_path / "eval/pushes").rglob("*.safetensors")], "written for the server"
+    live = home.engine.servers[0].get("/server_info") | home.engine.servers[0].get("/model_info")
+    assert live["model_path"].startswith(str(tmp_path / "eval")), "from the disk"
+    assert not (tmp_path / "eval/pushes").exists(), "for that server alone"
 
 
 @pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.slow)])

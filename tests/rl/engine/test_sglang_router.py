@@ -67,20 +67,20 @@ def is_well(url: str) -> bool:
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_grpo_behind_a_router(place: Path, behind: Behind, tmp_path: Path, lag: int) -> None:  # noqa: F811
-    settings = config(place, behind, tmp_path / "run", "tensor", rollouts=3, lag=lag)
+    settings = config(place, behind, tmp_path / "run", "tensor", rollouts=3 - lag, lag=lag)
     settings.engine = behind.choice
     before = [asked(log) for log in behind.logs]
     rl(settings)
     told = [line for line in lines(tmp_path / "run") if "event" not in line]
-    assert [line["rollout"] for line in told] == [1, 2, 3] and all(line["push_proof"] == "checksum" for line in told)
+    assert [line["rollout"] for line in told] == [*range(1, 4 - lag)] and all(line["push_proof"] == "checksum" for line in told)
     if not lag:
         assert all(line["rollout_diff_max"] < 1e-3 and line["staleness_max"] == 0 for line in told)
-    assert [server.get("/model_info")["weight_version"] for server in behind.engine.servers] == ["12", "12"], (
+    assert [server.get("/model_info")["weight_version"] for server in behind.engine.servers] == [str(4 * (3 - lag))] * 2, (
         "both have the last push"
     )
-    assert all(asked(log) >= was + 40 for log, was in zip(behind.logs, before, strict=True)), "of 96 responses and two probes"
+    assert all(asked(log) >= was + 25 for log, was in zip(behind.logs, before, strict=True)), "of 96 or 64 responses"
     history = History(tmp_path / "run/ledger")
-    assert history.audit() == [] and sorted(history.uses()) == [1, 2, 3]
+    assert history.audit() == [] and sorted(history.uses()) == [*range(1, 4 - lag)]
 
 
 def asked(log: Path) -> int:

@@ -184,6 +184,9 @@ def test_doctor_finds_it_fit(home: Home, capsys) -> None:
     assert server.post("/weights_checker", {"action": "checksum"})["ranks"] == held, "the weights are those of before"
     has = [name for name in NEED_VERSION if getattr(server.features, name)]
     assert has == [name for name in NEED_VERSION if states[name.replace("_", " ")] == "ok"]
+    with pytest.raises(EngineError) as refused:  # it wants a POST
+        server.get("/begin_weight_update")
+    assert (refused.value.status == 404) == (not server.features.update_sessions), "the server itself says which"
     home.load(0, version=10)
 
 

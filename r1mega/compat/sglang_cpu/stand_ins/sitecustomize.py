@@ -101,9 +101,11 @@ def _install_triton() -> None:
     if hasattr(module, "install"):
         module.install()
         return
-    for one in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(one, ast.If) and ast.unparse(one.test).startswith("'triton' not in sys.modules"):
-            exec(compile(ast.Module(one.body, []), str(file), "exec"), vars(module))
+    parts = (one for one in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(one, ast.If))
+    block = next((one for one in parts if ast.unparse(one.test).startswith("'triton' not in sys.modules")), None)
+    if block is None:
+        raise ImportError(f"{file}: has a block that stands in for triton, as up to SGLang 0.5.23; got none; use 0.5.16 to 0.5.23")
+    exec(compile(ast.Module(block.body, []), str(file), "exec"), vars(module))
 
 
 sys.meta_path.append(_Finder)

@@ -47,8 +47,8 @@ class Features:
     ``version_spans``: answers carry meta_info.weight_versions. ``update_sessions``: begin and end are mandatory around updates by
     tensor and by group, never sent to one without. ``selector``: updates name target, draft or all; before it, by tensor,
     ``disable_draft_model``. ``draft_over_group``: updates by group reach the draft model. ``checksum``: /weights_checker hashes
-    what is served. ``safe_flush``: a refused flush is an answer, not the server's end. ``live_model_info``: what is served is in
-    /model_info, and /server_info tells of the start alone. ``routed_experts``, ``memory_saver``, ``weights_backup`` and
+    what is served. ``safe_flush``: a refused flush is an answer, not the server's end. ``live_model_info``: live values are in
+    /model_info. ``routed_experts``, ``memory_saver``, ``weights_backup`` and
     ``deterministic`` (sampling_seed is honoured): switched on by arguments. ``draft``: serves a draft model. ``no_tokenizer``:
     started with skip_tokenizer_init.
     """
