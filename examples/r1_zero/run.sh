@@ -23,7 +23,8 @@ case $size in
         model=(model=small model.num_layers=6 model.vocab_size=512)
         pretrain=(trainer.steps=1400 trainer.global_batch_size=64 trainer.micro_batch_size=64 optim.lr=6e-4 optim.min_lr=6e-5 trainer.async_save=false)
         sft=(trainer.steps=80 trainer.global_batch_size=64 trainer.micro_batch_size=64 optim.lr=2e-4 optim.min_lr=2e-5 trainer.async_save=false)
-        rl=(rl.rollouts=60 rl.prompts_per_rollout=32 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=64 optim.lr=1e-5 optim.min_lr=1e-5 rl.save_every=40 rl.async_save=false engine=sglang)
+        rl=(rl.rollouts=60 rl.prompts_per_rollout=32 rl.group_size=16 rl.updates_per_rollout=2 rl.micro_batch_size=64 optim.lr=1e-5 optim.min_lr=1e-5 rl.save_every=40 rl.async_save=false)
+        rl+=(engine=sglang +engine.args.mem_fraction_static=0.3 +engine.args.cuda_graph_max_bs_decode=512 +engine.args.max_running_requests=512)
         common=(device=cuda precision=bf16)
         ;;
     smoke) # a few steps of each command: does it run here?

@@ -143,8 +143,9 @@ def load_reference(trainee: Trainee, path: str | Path) -> bool:
     has_one, is_old = mesh.broadcast_object((source.is_dir(), old.is_file()))
     if is_old:
         take_parts(trainee, torch.load(old, weights_only=True, map_location="cpu", mmap=True))
+        return True
     if not has_one:
-        return is_old
+        return False
     try:
         if mesh.is_first:
             pickles.check(source / ".metadata", f"checkpoint {checkpoint}, reference")
