@@ -146,7 +146,7 @@ class Policy:
         self._teacher = self._copy()
 
     def as_reference(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the reference's weights stand in the policy's place, and the policy's are put by; for scoring, saving and loading."""
+        """Inside, the reference's weights stand in the policy's place, the policy's are put by; to score, save and load them."""
         return self._as(self._reference)
 
     def as_teacher(self) -> contextlib.AbstractContextManager[None]:
