@@ -69,7 +69,7 @@ def is_exhausted(error: BaseException | None, device: Device) -> bool:
 def without_room(error: BaseException, values: Iterable[Any], switch: str) -> str:
     """``rule; got value; way out`` of a save of ``values`` that met ``error``. ``switch``: key of the knob for copies, or ""."""
     told = f"{type(error).__name__} {' '.join(str(error).split())[:160]}".strip()
-    way_out = f"use {switch}=false, which copies RL's reference alone," if switch else "start fewer ranks on a host"
+    way_out = f"use {switch}=false, which copies nothing but RL's reference," if switch else "start fewer ranks on a host"
     return (
         f"host memory takes a copy of what this rank saves, {num_bytes(values) / 2**30:.2f} GiB; got {told}; {way_out} or give the "
         "host more"
